@@ -1,0 +1,1 @@
+"""Engine adapters: a topology's words in, an engine's command line and environment out."""

