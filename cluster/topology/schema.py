@@ -46,7 +46,7 @@ class Spec(BaseModel):
         # YAML reads yes/no/on/off as booleans, which Python takes for 1 and 0.
         if isinstance(value, bool) and info.field_name is not None:
             wanted = cls.model_fields[info.field_name].annotation
-            kinds = {wanted, *get_args(wanted)}
+            kinds = {getattr(kind, "__origin__", kind) for kind in (wanted, *get_args(wanted))}
             if bool not in kinds and kinds & {int, float}:
                 raise ValueError(f"found {str(value).lower()}; write a number")
         return value
