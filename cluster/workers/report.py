@@ -1,4 +1,7 @@
-"""What an engine worker says of itself. Written by `workers.worker`, read by `control` and the CLI."""
+"""What an engine worker says of itself.
+
+Written by `workers.worker`, read by `control` and the CLI.
+"""
 
 from __future__ import annotations
 

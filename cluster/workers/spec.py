@@ -1,0 +1,34 @@
+"""All that one worker actor is told: a value, built by control, sent once, never changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.identity import Role, WorkerId
+from cluster.topology.schema import HealthSpec, IslandSpec, ModelSpec, PoolSpec
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One node of one replica generation."""
+
+    cluster: str
+    id: WorkerId
+    role: Role
+    model: ModelSpec
+    model_path: str  # local folder, or hub id
+    model_digest: str
+    max_model_len_tokens: int
+    kv_bytes_per_token: int
+    pool: PoolSpec
+    island: IslandSpec
+    health: HealthSpec
+    engine_key: str = field(repr=False)  # bearer token of the engine's HTTP port
+    host: str = ""  # address to bind and to give to peers; "": the node's Ray address
+    node_rank: int = 0
+    head_host: str = ""  # rank 0's address; "": the actor asks rank 0
+
+    @property
+    def owner(self) -> str:
+        """The owner mark (settings.OWNER_ENV) of every process of this worker."""
+        return f"{self.cluster}/{self.id}:{self.node_rank}"

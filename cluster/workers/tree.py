@@ -1,0 +1,187 @@
+"""Process trees and shared-memory segments, as the kernel shows them in /proc.
+
+A tree is found by descent (`descendants`) or, when nobody is left to descend from, by the owner
+mark that every process of ours carries in its environment (`marked`). A signal goes through a
+pidfd after a second look at the process, so that a pid which was given away in between is never
+hit. Called by: workers.supervisor, workers.process, and whoever ends a cluster on this machine.
+
+Runs inside the supervisor: standard library only. Linux only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+SHM_DIR = "/dev/shm"
+OWNER_ENV = "PDCLUSTER_OWNER"  # settings.OWNER_ENV, without the imports of `settings`
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process. `start_ticks` tells it from a later one with the same pid."""
+
+    pid: int
+    ppid: int
+    start_ticks: int
+    state: str  # one letter, as in /proc/PID/stat; Z is a zombie
+    rss_bytes: int
+
+
+def read_process(pid: int) -> Process | None:
+    """The process as it is now, or None if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            # The name in parentheses may hold spaces and parentheses: count from the last one.
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return Process(
+        pid=pid,
+        ppid=int(fields[1]),
+        start_ticks=int(fields[19]),
+        state=chr(fields[0][0]),
+        rss_bytes=int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
+    )
+
+
+def processes() -> list[Process]:
+    """Every process of this pid namespace."""
+    found = (read_process(pid) for pid in _pids())
+    return [process for process in found if process is not None]
+
+
+def descendants(root: int) -> list[Process]:
+    """All processes below `root`, zombies included, `root` itself not."""
+    children: dict[int, list[Process]] = {}
+    for process in processes():
+        children.setdefault(process.ppid, []).append(process)
+    found: list[Process] = []
+    pending = [root]
+    while pending:
+        for child in children.get(pending.pop(), ()):
+            found.append(child)
+            pending.append(child.pid)
+    return found
+
+
+def marked(owner: str) -> list[Process]:
+    """Living processes whose environment carries the owner mark `owner`; a mark that ends in `/`
+    stands for every mark that begins so (all of a cluster)."""
+    wanted = f"{OWNER_ENV}={owner}".encode()
+    found: list[Process] = []
+    for pid in _pids():
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as environ:
+                entries = environ.read().split(b"\0")
+        except OSError:
+            continue
+        if any(
+            entry.startswith(wanted) if owner.endswith("/") else entry == wanted
+            for entry in entries
+        ):
+            process = read_process(pid)
+            if process is not None and process.state != "Z":
+                found.append(process)
+    return found
+
+
+def send(process: Process, number: signal.Signals) -> None:
+    """Signal exactly this process. One that is gone or not ours to signal is left alone."""
+    try:
+        handle = os.pidfd_open(process.pid)
+    except OSError:
+        return
+    try:
+        now = read_process(process.pid)
+        if now is not None and now.start_ticks == process.start_ticks:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(handle, number)
+    finally:
+        os.close(handle)
+
+
+def end_marked(owner: str, *, bound_s: float) -> list[Process]:
+    """SIGKILL every process with the owner mark until none is left or `bound_s` seconds passed.
+
+    For when the supervisor that should have done it is gone. Blocks. Returns who is still there
+    (a process in an uninterruptible system call)."""
+    deadline_s = time.monotonic() + bound_s
+    while left := [process for process in marked(owner) if process.pid != os.getpid()]:
+        for process in left:
+            send(process, signal.SIGKILL)
+        if time.monotonic() > deadline_s:
+            return left
+        time.sleep(0.02)
+    return []
+
+
+def segments() -> dict[str, int]:
+    """Shared-memory segments that exist now: name in /dev/shm → inode. Files of our user only."""
+    found: dict[str, int] = {}
+    with contextlib.suppress(OSError), os.scandir(SHM_DIR) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                status = entry.stat(follow_symlinks=False)
+                if status.st_uid == os.getuid() and entry.is_file(follow_symlinks=False):
+                    found[entry.name] = status.st_ino
+    return found
+
+
+def segments_used_by(pids: Iterable[int]) -> set[str]:
+    """Names in /dev/shm which these processes map or hold open."""
+    names: set[str] = set()
+    for pid in pids:
+        names |= _mapped(pid)
+        names |= _opened(pid)
+    return names
+
+
+def remove_segments(wanted: Mapping[str, int]) -> list[str]:
+    """Unlink those of `wanted` (name → inode) that are still the same file and that no process
+    uses any more. Returns the names removed."""
+    present = segments()
+    candidates = {name for name, inode in wanted.items() if present.get(name) == inode}
+    if not candidates:
+        return []
+    removed: list[str] = []
+    for name in sorted(candidates - segments_used_by(_pids())):
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(SHM_DIR, name))
+            removed.append(name)
+    return removed
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _mapped(pid: int) -> set[str]:
+    names: set[str] = set()
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:
+        for line in maps:
+            at = line.find(b" /dev/shm/")
+            if at >= 0:
+                names.add(_name(line[at + 1 :].rstrip(b"\n")))
+    return names
+
+
+def _opened(pid: int) -> set[str]:
+    names: set[str] = set()
+    folder = f"/proc/{pid}/fd"
+    with contextlib.suppress(OSError):
+        for number in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                target = os.readlink(f"{folder}/{number}")
+                if target.startswith("/dev/shm/"):
+                    names.add(_name(target.encode()))
+    return names
+
+
+def _name(path: bytes) -> str:
+    # An unlinked file shows as "NAME (deleted)": that name matches no present segment.
+    return os.fsdecode(path[len(b"/dev/shm/") :])

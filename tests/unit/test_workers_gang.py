@@ -1,0 +1,43 @@
+from cluster.identity import Role, WorkerId, WorkerState
+from cluster.workers.gang import merge
+from cluster.workers.report import WorkerReport
+
+
+def report(state, ip="10.0.0.1", message="", rss=10, last_words=()):
+    return WorkerReport(
+        id=WorkerId("decode", 0, 1),
+        role=Role.DECODE,
+        state=state,
+        message=message,
+        node_ip=ip,
+        url="http://10.0.0.1:20000" if ip == "10.0.0.1" else "",
+        started_at_s=0.0,
+        rss_bytes=rss,
+        last_words=last_words,
+    )
+
+
+READY, FAILED = WorkerState.READY, WorkerState.FAILED
+
+
+def test_a_replica_on_one_node_reports_as_it_is():
+    assert merge([report(READY)]) == report(READY)
+
+
+def test_a_gang_is_ready_when_every_rank_is_and_its_memory_adds_up():
+    merged = merge([report(READY), report(READY, "10.0.0.2")])
+    assert (merged.state, merged.url, merged.rss_bytes) == (READY, "http://10.0.0.1:20000", 20)
+
+
+def test_a_gang_is_not_ready_while_one_rank_starts():
+    merged = merge([report(READY), report(WorkerState.STARTING, "10.0.0.2")])
+    assert merged.state is WorkerState.WARMING
+    assert merged.message == "rank 1 on 10.0.0.2 is starting"
+
+
+def test_one_failed_rank_fails_the_gang_and_says_which():
+    failed = report(FAILED, "10.0.0.3", "exit code 1", last_words=("boom",))
+    merged = merge([report(READY), report(READY, "10.0.0.2"), failed])
+    assert merged.state is FAILED
+    assert merged.message == "rank 2 on 10.0.0.3: exit code 1"
+    assert merged.last_words == ("boom",)

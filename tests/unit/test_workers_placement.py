@@ -1,0 +1,88 @@
+import pytest
+
+from cluster.topology.schema import PoolSpec
+from cluster.workers.placement import (
+    NodeFacts,
+    PlacementRequest,
+    explain_unplaceable,
+    label_matches,
+    request_of,
+)
+
+
+def node(name, free, total=None, **labels):
+    return NodeFacts(name=name, labels=labels, total=total or free, free=free)
+
+
+def test_a_missing_resource_is_named_with_the_nodes_that_lack_it():
+    nodes = [
+        node("10.0.0.1", {"CPU": 8.0}),
+        node("10.0.0.2", {"CPU": 8.0, "NPU": 8.0}),
+        node("10.0.0.3", {"CPU": 8.0, "NPU": 4.0}, {"CPU": 8.0, "NPU": 16.0}),
+    ]
+    text = explain_unplaceable(PlacementRequest({"CPU": 1.0, "NPU": 16.0}), nodes)
+    assert "needs a node with CPU 1, NPU 16" in text
+    assert "on 10.0.0.1: no NPU" in text
+    assert "on 10.0.0.2: only NPU 8" in text
+    assert "on 10.0.0.3: NPU 4 of 16 free" in text
+
+
+def test_a_label_that_does_not_match_is_named_with_what_was_found():
+    nodes = [node("a", {"GPU": 8.0}, gen="h100"), node("b", {"GPU": 8.0})]
+    text = explain_unplaceable(PlacementRequest({"GPU": 8.0}, {"gen": "h200"}), nodes)
+    assert "on a: label gen=h100" in text
+    assert "on b: no label gen" in text
+
+
+def test_a_replica_over_nodes_says_on_how_many_it_fits():
+    nodes = [node("a", {"NPU": 16.0}), node("b", {"CPU": 4.0})]
+    text = explain_unplaceable(PlacementRequest({"NPU": 16.0}, nodes=2), nodes)
+    assert "2 nodes, each with NPU 16" in text
+    assert "fits on 1 of 2" in text
+
+
+def test_a_hundred_alike_nodes_make_one_short_sentence():
+    nodes = [node(f"10.0.0.{n}", {"CPU": 8.0}) for n in range(100)]
+    text = explain_unplaceable(PlacementRequest({"GPU": 1.0}), nodes)
+    assert "and 96 more: no GPU" in text
+    assert len(text) < 200
+
+
+def test_what_fits_waits_for_ray_and_no_node_is_said_plainly():
+    assert "waits for Ray" in explain_unplaceable(
+        PlacementRequest({"CPU": 1.0}), [node("a", {"CPU": 1.0})]
+    )
+    assert "no living node" in explain_unplaceable(PlacementRequest({"CPU": 1.0}), [])
+
+
+@pytest.mark.parametrize(
+    ("selector", "value", "matches"),
+    [
+        ("h200", "h200", True),
+        ("h200", "h100", False),
+        ("h200", None, False),
+        ("!h200", "h100", True),
+        ("!h200", None, True),
+        ("in(a, b)", "b", True),
+        ("in(a,b)", "c", False),
+        ("!in(a,b)", "a", False),
+        ("!in(a,b)", "c", True),
+    ],
+)
+def test_label_selectors_mean_what_ray_means_by_them(selector, value, matches):
+    assert label_matches(selector, value) is matches
+
+
+def test_a_pool_becomes_bundles_and_options_that_take_a_whole_bundle():
+    pool = PoolSpec.model_validate(
+        {
+            "name": "d",
+            "role": "decode",
+            "nodes_per_replica": 2,
+            "placement": {"resources": {"CPU": 2, "GPU": 8, "NPU": 16}},
+        }
+    )
+    request = request_of(pool)
+    assert request.bundles == [{"CPU": 2.0, "GPU": 8.0, "NPU": 16.0}] * 2
+    assert request.strategy == "STRICT_SPREAD"
+    assert request.actor_options == {"num_cpus": 2.0, "num_gpus": 8.0, "resources": {"NPU": 16.0}}
