@@ -1,0 +1,131 @@
+"""Ask a running engine how it is: up, generating, counting.
+
+Called by `workers` (readiness, health, reports). Speaks to the engine's own HTTP port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from dataclasses import dataclass
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from cluster.engines.base import MetricNames
+from cluster.errors import EngineFailed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSample:
+    """What /metrics said. Totals are since the engine started, over all its data-parallel ranks."""
+
+    running: int
+    waiting: int
+    kv_usage: float  # 0..1, of the fullest rank
+    prompt_tokens: int
+    generation_tokens: int
+    external_tokens: int
+    spec_drafts: int
+    spec_accepted: int
+    steps: int
+    block_size_tokens: int
+    cache_dtype: str
+
+
+class EngineClient:
+    """`session` stays the caller's; timeouts are the session's too unless stated.
+
+    Every method is safe to cancel.
+    """
+
+    def __init__(self, url: str, key: str, session: aiohttp.ClientSession) -> None:
+        self._url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._session = session
+
+    async def is_up(self) -> bool:
+        """Whether /health answers 200. Says nothing about tokens: see `generate_one`."""
+        try:
+            async with self._session.get(f"{self._url}/health") as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    async def generate_one(self, model: str) -> None:
+        """One real token out of the model. Raises: EngineFailed."""
+        body = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0}
+        try:
+            async with self._session.post(
+                f"{self._url}/v1/completions", json=body, headers=self._headers
+            ) as answer:
+                if answer.status != 200:
+                    raise EngineFailed(self._url, answer.status, (await answer.text())[:500])
+                parsed = await answer.json(content_type=None)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise self._broke_off(error) from error
+        try:
+            made = parsed["usage"]["completion_tokens"]
+        except (KeyError, TypeError) as error:
+            raise EngineFailed(self._url, 200, f"answer without usage: {parsed!r:.200}") from error
+        if made != 1:
+            raise EngineFailed(self._url, 200, f"asked for 1 token, got {made}")
+
+    async def sample(self, names: MetricNames) -> EngineSample:
+        """Scrape /metrics. Raises: EngineFailed."""
+        try:
+            async with self._session.get(f"{self._url}/metrics") as answer:
+                text = await answer.text()
+                if answer.status != 200:
+                    raise EngineFailed(self._url, answer.status, text[:500])
+            # Thousands of lines on a busy engine: some 10 ms that the caller's loop need not lose.
+            return await asyncio.to_thread(parse_sample, text, names)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise self._broke_off(error) from error
+        except ValueError as error:
+            raise EngineFailed(
+                self._url, 200, f"/metrics is not Prometheus text: {error}"
+            ) from error
+
+    async def version(self) -> str:
+        """The engine's own version. Raises: EngineFailed."""
+        try:
+            async with self._session.get(f"{self._url}/version") as answer:
+                if answer.status != 200:
+                    raise EngineFailed(self._url, answer.status, (await answer.text())[:500])
+                return str((await answer.json(content_type=None))["version"])
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise self._broke_off(error) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineFailed(self._url, 200, f"/version is not understood: {error!r}") from error
+
+    def _broke_off(self, error: Exception) -> EngineFailed:
+        return EngineFailed(self._url, None, str(error) or type(error).__name__)
+
+
+def parse_sample(text: str, names: MetricNames) -> EngineSample:
+    """Pure. Series that are absent count as 0. Raises: ValueError if `text` is not Prometheus."""
+    found: dict[str, list[Sample]] = defaultdict(list)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name].append(sample)
+
+    def total(name: str) -> int:
+        return int(sum(sample.value for sample in found[name]))
+
+    cache = found[names.cache_info]
+    labels = cache[0].labels if cache else {}
+    return EngineSample(
+        running=total(names.running),
+        waiting=total(names.waiting),
+        kv_usage=max((sample.value for sample in found[names.kv_usage]), default=0.0),
+        prompt_tokens=total(names.prompt_tokens),
+        generation_tokens=total(names.generation_tokens),
+        external_tokens=total(names.external_tokens),
+        spec_drafts=total(names.spec_drafts),
+        spec_accepted=total(names.spec_accepted),
+        steps=total(names.steps),
+        block_size_tokens=int(labels.get("block_size") or 0),
+        cache_dtype=labels.get("cache_dtype", ""),
+    )

@@ -1,0 +1,19 @@
+"""The `simulated` engine: vLLM's HTTP API, KV transfer, KV events and metrics, without a model.
+
+python -m cluster.engines.simulated --config FILE | --config-json JSON
+
+__main__   command line, loading, signals
+config     what the engine is told, validated
+server     HTTP routes, authentication, errors
+protocol   requests parsed and checked
+answers    answers and stream chunks built
+stops      stop strings in a stream of text
+engine     admission, prefill, decode: one request's life
+model      token ids and text as pure functions of what came before
+kv         block cache: prefix hashing, LRU, pins under a lease
+transfer   the side channel between two engines; dialects nixl and mooncake
+events     KV cache events over ZMQ, with replay
+metrics    Prometheus text under vLLM's names
+faults     what a test may break
+adapter    how pdcluster starts it (engines.base.EngineAdapter)
+"""
