@@ -1,0 +1,158 @@
+"""What `status` shows. In: the controller's status. Out: a plain dict (`--json`), or tables.
+
+The dict's keys are an interface for scripts: add, never rename.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.cli import output
+from cluster.cli.ttft import ttft_s
+from cluster.control.events import Recorded
+from cluster.control.state import ClusterStatus, LinkStatus
+from cluster.identity import WorkerState
+from cluster.launcher.running import Running
+from cluster.workers.report import WorkerReport
+
+_EVENTS_DRAWN = 8
+
+
+def of(at: Running, found: ClusterStatus, exposition: str, now_s: float) -> dict[str, Any]:
+    """`exposition`: the gateway's metrics, or "". `now_s`: wall clock."""
+    return {
+        "cluster": found.cluster,
+        "phase": at.phase,
+        "model": found.model,
+        "endpoint": at.endpoint,
+        "version": found.version,
+        "up_for_s": round(now_s - at.started_at_s, 1),
+        "controller_up_for_s": round(now_s - found.controller_started_at_s, 1),
+        "ttft_s": {"p50": ttft_s(exposition, 0.5), "p95": ttft_s(exposition, 0.95)},
+        "pools": [asdict(pool) for pool in found.pools],
+        "workers": [_worker(report, now_s) for report in found.workers],
+        "failed": [asdict(slot) for slot in found.failed],
+        "links": [_link(state) for state in found.links],
+        "events": [_event(recorded) for recorded in found.events],
+    }
+
+
+def draw(view: dict[str, Any]) -> None:
+    """Tables on stdout."""
+    print_ = output.out.print
+    print_(
+        f"[bold]{view['cluster']}[/bold]  {view['model']}  {view['endpoint']}/v1  "
+        f"up for {output.span_text(view['up_for_s'])}"
+    )
+    ttft = view["ttft_s"]
+    if ttft["p50"] is not None:
+        print_(f"TTFT p50 {ttft['p50'] * 1000:.0f} ms, p95 {ttft['p95'] * 1000:.0f} ms")
+    print_(_pool_table(view["pools"]))
+    print_(_worker_table(view["workers"]))
+    for worker in view["workers"]:
+        if worker["message"]:
+            print_(f"[yellow]{worker['name']}: {escape(worker['message'])}[/yellow]")
+    for slot in view["failed"]:
+        _draw_failed(slot)
+    for link in view["links"]:
+        sign = "[green]->[/green]" if link["is_open"] else "[red]-x-[/red]"
+        print_(f"link {link['prefill_pool']} {sign} {link['decode_pool']} over {link['connector']}")
+        for sentence in link["mismatches"]:
+            print_(f"  [red]{escape(sentence)}[/red]")
+    for event in view["events"][-_EVENTS_DRAWN:]:
+        print_(f"[dim]{event['time']}  {escape(event['text'])}[/dim]")
+
+
+def _worker(report: WorkerReport, now_s: float) -> dict[str, Any]:
+    counters = report.counters
+    return {
+        "name": report.id.name,
+        "generation": report.id.generation,
+        "pool": report.id.pool,
+        "role": report.role.value,
+        "state": report.state.value,
+        "message": report.message,
+        "url": report.url,
+        "node_ip": report.node_ip,
+        "engine_pid": report.engine_pid,
+        "up_for_s": round(now_s - report.started_at_s, 1),
+        "stage_s": dict(report.stage_s),
+        "rss_bytes": report.rss_bytes,
+        "acceptance_length": counters.acceptance_length,
+        "load": asdict(report.load),
+        "counters": asdict(counters),
+        "fingerprint": asdict(report.fingerprint) if report.fingerprint else None,
+        "kv": dict(report.kv),
+        "last_words": list(report.last_words),
+    }
+
+
+def _link(state: LinkStatus) -> dict[str, Any]:
+    return {
+        **asdict(state.link),
+        "is_open": state.is_open,
+        "mismatches": list(state.mismatches),
+    }
+
+
+def _event(recorded: Recorded) -> dict[str, Any]:
+    return {
+        "at_s": recorded.at_s,
+        "time": time.strftime("%H:%M:%S", time.localtime(recorded.at_s)),
+        "kind": type(recorded.event).__name__,
+        "text": str(recorded),
+    }
+
+
+def _pool_table(pools: list[dict[str, Any]]) -> Table:
+    table = Table("pool", "role", "engine", "ready", box=None, pad_edge=False)
+    for pool in pools:
+        is_whole = pool["ready"] == pool["desired"]
+        ready = f"{pool['ready']}/{pool['desired']}"
+        colour = "green" if is_whole else "yellow"
+        table.add_row(
+            pool["name"], str(pool["role"]), pool["engine"], f"[{colour}]{ready}[/{colour}]"
+        )
+    return table
+
+
+def _worker_table(workers: list[dict[str, Any]]) -> Table:
+    # "accepted": mean tokens per decode step. "pulled", "held": prompt tokens whose KV came from
+    # prefill, or was there.
+    table = Table(box=None, pad_edge=False)
+    for heading in (
+        *("worker", "state", "run/wait", "KV", "accepted", "moves", "pulled", "held", "bytes"),
+        *("memory", "up for"),
+    ):
+        table.add_column(heading, no_wrap=True)
+    for worker in workers:
+        load, counters = worker["load"], worker["counters"]
+        accepted = worker["acceptance_length"]
+        table.add_row(
+            f"{worker['name']}#{worker['generation']}",
+            output.state_text(WorkerState(worker["state"])),
+            f"{load['running']}/{load['waiting']}",
+            f"{load['kv_usage']:.0%}",
+            f"{accepted:.2f}" if accepted is not None else "-",
+            f"{counters['transfers']}",
+            f"{counters['tokens_pulled']}",
+            f"{counters['tokens_held']}",
+            output.bytes_text(counters["bytes_pulled"]),
+            output.bytes_text(worker["rss_bytes"]),
+            output.span_text(worker["up_for_s"]),
+        )
+    return table
+
+
+def _draw_failed(slot: dict[str, Any]) -> None:
+    again = slot["restart_in_s"]
+    then = "restarted" if again is None else f"restarts in {again:.0f} s"
+    times = f"{slot['failures']} times in a row" if slot["failures"] > 1 else "once"
+    output.out.print(
+        f"[yellow]{slot['worker']} failed {times}: {escape(slot['why'])}; {then}[/yellow]"
+    )

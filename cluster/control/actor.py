@@ -1,0 +1,140 @@
+"""The controller as a Ray actor: start it, find it, talk to it, end it.
+
+All `.remote()` calls to the controller are here, but for the gateways' long-poll
+(gateway.source). The actor is detached and restarts whatever killed it; its state is elsewhere
+(control.store). The caller's Ray namespace must be `settings.ray_namespace(cluster)`.
+
+ControllerClient blocks; it is for the launcher and the CLI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any
+
+import ray
+from ray import exceptions as ray_exceptions
+
+from cluster.control.clock import SystemClock
+from cluster.control.controller import Controller
+from cluster.control.state import ClusterStatus, DesiredState
+from cluster.control.store import RayKeyValue, Store
+from cluster.errors import ClusterError, PeerGone
+from cluster.identity import WorkerId
+from cluster.settings import CONTROLLER_ACTOR, ray_namespace
+from cluster.transfers import TransferRecord
+from cluster.workers import handle as workers
+from cluster.workers.handle import WorkerHandle
+from cluster.workers.spec import WorkerSpec
+
+# A restarting controller imports Ray and finds its workers before it answers.
+ANSWER_BOUND_S = 30.0
+_STOP_BOUND_S = 30.0
+
+
+class RayWorkers:
+    """control.fleet.Workers over workers.handle."""
+
+    async def spawn(self, spec: WorkerSpec) -> WorkerHandle:
+        return await workers.spawn(spec)
+
+    async def find(self, cluster: str, worker: WorkerId) -> WorkerHandle | None:
+        return await workers.find(cluster, worker)
+
+    async def find_all(self, cluster: str) -> list[WorkerId]:
+        return await workers.find_all(cluster)
+
+    async def remove(self, cluster: str, worker: WorkerId) -> None:
+        await workers.remove(cluster, worker)
+
+
+class ControllerActor(Controller):
+    """What Ray runs: a Controller that begins by itself, also after a restart."""
+
+    # Ray awaits a coroutine __init__ in the actor's own event loop.
+    async def __init__(self, cluster: str) -> None:  # type: ignore[misc]
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+        super().__init__(cluster, RayWorkers(), Store(RayKeyValue(cluster)), SystemClock())
+        self._running = asyncio.create_task(self.run(), name=f"run {cluster}")
+
+
+class ControllerClient:
+    """Blocking calls to the controller. Every method raises PeerGone if it does not answer."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def apply(self, desired: DesiredState) -> None:
+        self._ask(self._actor.apply.remote(desired), ANSWER_BOUND_S)
+
+    def status(self, bound_s: float = ANSWER_BOUND_S) -> ClusterStatus:
+        found: ClusterStatus = self._ask(self._actor.status.remote(), bound_s)
+        return found
+
+    def transfers(self, request_id: str) -> list[TransferRecord]:
+        found: list[TransferRecord] = self._ask(
+            self._actor.transfers.remote(request_id), ANSWER_BOUND_S
+        )
+        return found
+
+    def read_log(self, worker: str, offset: int, limit_bytes: int) -> tuple[bytes, int]:
+        """As Controller.read_log."""
+        found: tuple[bytes, int] = self._ask(
+            self._actor.read_log.remote(worker, offset, limit_bytes), ANSWER_BOUND_S
+        )
+        return found
+
+    def shutdown(self, grace_s: float) -> None:
+        """As Controller.shutdown."""
+        self._ask(self._actor.shutdown.remote(grace_s), grace_s + _STOP_BOUND_S)
+
+    def _ask(self, answer: Any, bound_s: float) -> Any:
+        try:
+            return ray.get(answer, timeout=bound_s)
+        except ray_exceptions.GetTimeoutError as error:
+            raise PeerGone("the controller", f"no answer for {bound_s:g} s") from error
+        except ray_exceptions.RayTaskError as error:
+            if isinstance(error.cause, ClusterError):
+                raise error.cause from None
+            raise
+        except ray_exceptions.RayError as error:
+            raise PeerGone("the controller", str(error).partition("\n")[0]) from error
+
+
+def start(cluster: str, engine_key: str) -> ControllerClient:
+    """Start the cluster's controller, or find the one that runs. `engine_key` goes to the
+    key-value store, never through the actor's arguments, which Ray shows and logs."""
+    Store(RayKeyValue(cluster)).put_engine_key(engine_key)
+    actor = (
+        ray.remote(ControllerActor)
+        .options(
+            name=CONTROLLER_ACTOR,
+            namespace=ray_namespace(cluster),
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            # A call that met a controller in the middle of its restart is sent again.
+            max_task_retries=-1,
+            num_cpus=0,
+            # Gateways wait inside `next_snapshot`, each taking a place.
+            max_concurrency=10_000,
+        )
+        .remote(cluster)
+    )
+    return ControllerClient(actor)
+
+
+def find(cluster: str) -> ControllerClient | None:
+    """The running controller, or None."""
+    try:
+        return ControllerClient(ray.get_actor(CONTROLLER_ACTOR, namespace=ray_namespace(cluster)))
+    except ValueError:
+        return None
+
+
+def end(cluster: str) -> None:
+    """End the actor for good. Workers are not touched: `shutdown` first. Idempotent."""
+    with contextlib.suppress(ValueError):
+        ray.kill(ray.get_actor(CONTROLLER_ACTOR, namespace=ray_namespace(cluster)), no_restart=True)

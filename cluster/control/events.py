@@ -1,0 +1,142 @@
+"""What has happened, as facts with fields. One `emit` feeds the log and `status`.
+
+The newest EVENTS_KEPT are kept in the controller; they go with it, the log stays.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from cluster.identity import WorkerId, WorkerState
+
+log = logging.getLogger(__name__)
+
+EVENTS_KEPT = 500
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerStarted:
+    cluster: str
+    adopted: int  # workers that were running already
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredChanged:
+    cluster: str
+    replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarted:
+    worker: WorkerId
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerNotStarted:
+    worker: WorkerId
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerMoved:
+    worker: WorkerId
+    was: WorkerState
+    now: WorkerState
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUnanswering:
+    worker: WorkerId
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDraining:
+    worker: WorkerId
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRemoved:
+    worker: WorkerId
+    cause: str
+    restart_in_s: float | None  # None: it is not to come back
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRefused:
+    link: str  # prefill pool -> decode pool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkAllowed:
+    link: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownAsked:
+    cluster: str
+    grace_s: float
+
+
+Event = (
+    ControllerStarted
+    | DesiredChanged
+    | WorkerStarted
+    | WorkerNotStarted
+    | WorkerMoved
+    | WorkerUnanswering
+    | WorkerDraining
+    | WorkerRemoved
+    | LinkRefused
+    | LinkAllowed
+    | ShutdownAsked
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """An event and when it happened (wall clock)."""
+
+    at_s: float
+    event: Event
+
+    def __str__(self) -> str:
+        return describe(self.event)
+
+
+class EventLog:
+    """A bounded ring of events. `wall_s` gives the wall-clock time in seconds."""
+
+    def __init__(self, wall_s: Callable[[], float]) -> None:
+        self._wall_s = wall_s
+        self._ring: deque[Recorded] = deque(maxlen=EVENTS_KEPT)
+
+    def emit(self, event: Event) -> None:
+        self._ring.append(Recorded(self._wall_s(), event))
+        log.info("%s", describe(event))
+
+    def last(self, count: int) -> tuple[Recorded, ...]:
+        return tuple(self._ring)[-count:]
+
+
+def describe(event: Event) -> str:
+    """Subject, past verb, k=v: `decode/0#2 removed cause='engine exited' restart_in_s=1`."""
+    subject, *rest = fields(event)
+    verb = "".join(f" {char.lower()}" if char.isupper() else char for char in type(event).__name__)
+    said = " ".join(f"{field.name}={_shown(getattr(event, field.name))}" for field in rest)
+    return f"{getattr(event, subject.name)} {' '.join(verb.split()[1:])} {said}".rstrip()
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = str(value)
+    return repr(text) if not text or any(char.isspace() for char in text) else text

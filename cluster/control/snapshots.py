@@ -1,0 +1,117 @@
+"""Build snapshots. In: desired state and reports. Out: Snapshot, and why a link is closed. Pure.
+
+A link is open unless every pair of workers that could use it is unlike: with two versions in one
+pool, the like ones keep the link alive and routing keeps the unlike ones apart (it compares
+fingerprints itself, per pair). Called by: control.controller.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from cluster.control.state import DesiredState, LinkStatus
+from cluster.kv.fingerprint import differences
+from cluster.snapshot import Link, Load, Snapshot, WorkerView
+from cluster.workers.report import WorkerReport
+
+
+class Change(enum.IntEnum):
+    """What differs between two snapshots. LOAD can wait a moment; STRUCTURE cannot."""
+
+    NONE = 0
+    LOAD = 1
+    STRUCTURE = 2
+
+
+def build(desired: DesiredState, reports: Sequence[WorkerReport], version: int) -> Snapshot:
+    """The picture for gateways: every worker that exists, and the links that are open."""
+    return Snapshot(
+        version=version,
+        cluster=desired.cluster,
+        model=desired.serving.model.public_name,
+        workers=tuple(_view(desired, report) for report in sorted(reports, key=lambda r: r.id)),
+        links=tuple(state.link for state in links(desired, reports) if state.is_open),
+    )
+
+
+def links(desired: DesiredState, reports: Sequence[WorkerReport]) -> tuple[LinkStatus, ...]:
+    """Every link the topology allows, judged by the fingerprints known so far.
+
+    Before both sides have one, a link counts as open: workers without a fingerprint are not ready
+    and get no work."""
+    by_pool: dict[str, list[WorkerReport]] = {}
+    for report in reports:
+        if report.fingerprint is not None:
+            by_pool.setdefault(report.id.pool, []).append(report)
+    return tuple(
+        _judge(_link(desired, prefill, decode), by_pool)
+        for prefill, decode in desired.serving.pairs()
+    )
+
+
+def changed(before: Snapshot | None, now: Snapshot) -> Change:
+    """What is new in `now`; versions are not compared."""
+    if before is None:
+        return Change.STRUCTURE
+    if (before.workers, before.links, before.model) == (now.workers, now.links, now.model):
+        return Change.NONE
+    if before.links == now.links and _idle(before) == _idle(now):
+        return Change.LOAD
+    return Change.STRUCTURE
+
+
+def _view(desired: DesiredState, report: WorkerReport) -> WorkerView:
+    return WorkerView(
+        id=report.id,
+        role=report.role,
+        island=_island(desired, report.id.pool),
+        state=report.state,
+        url=report.url,
+        fingerprint=report.fingerprint,
+        max_model_len_tokens=report.max_model_len_tokens,
+        kv_bytes_per_token=report.kv_bytes_per_token,
+        kv=report.kv,
+        load=report.load,
+    )
+
+
+def _island(desired: DesiredState, pool: str) -> str:
+    try:
+        return desired.serving.island_of(pool).name
+    except KeyError:  # the pool was taken out of the topology; its workers are draining
+        return ""
+
+
+def _link(desired: DesiredState, prefill: str, decode: str) -> Link:
+    island = desired.serving.island_of(decode)
+    return Link(
+        prefill_pool=prefill,
+        decode_pool=decode,
+        connector=island.connector,
+        lease_s=island.lease_s,
+        on_prefill_failure=island.on_prefill_failure,
+    )
+
+
+def _judge(link: Link, by_pool: Mapping[str, Sequence[WorkerReport]]) -> LinkStatus:
+    mismatches: list[str] = []
+    pairs = likes = 0
+    for prefill in by_pool.get(link.prefill_pool, ()):
+        for decode in by_pool.get(link.decode_pool, ()):
+            assert prefill.fingerprint is not None
+            assert decode.fingerprint is not None
+            pairs += 1
+            unlike = differences(prefill.fingerprint, decode.fingerprint)
+            if unlike:
+                mismatches.append(
+                    f"{prefill.id.name} cannot feed {decode.id.name}: {'; '.join(unlike)}"
+                )
+            else:
+                likes += 1
+    return LinkStatus(link, is_open=likes > 0 or pairs == 0, mismatches=tuple(mismatches))
+
+
+def _idle(snapshot: Snapshot) -> tuple[WorkerView, ...]:
+    return tuple(replace(view, load=Load()) for view in snapshot.workers)

@@ -1,0 +1,108 @@
+"""What is wanted (DesiredState) and what is shown (ClusterStatus). Values only.
+
+DesiredState is written by the launcher, kept in Ray's GCS key-value store, and survives the
+controller. It holds no secret: the engines' key has an entry of its own (control.store).
+ClusterStatus is made anew for whoever asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from cluster.control.events import Recorded
+from cluster.identity import Role, WorkerId
+from cluster.snapshot import Link
+from cluster.topology.schema import PoolSpec, ServingSpec, SimulatedSpec
+from cluster.workers.report import WorkerReport
+from cluster.workers.spec import WorkerSpec
+
+
+class DesiredState(BaseModel):
+    """What a cluster should serve, and what `up` found out about the model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cluster: str
+    serving: ServingSpec
+    model_path: str
+    model_digest: str
+    max_model_len_tokens: int
+    kv_bytes_per_token: int
+    host: str = ""  # address that engines bind; "": each node's own Ray address
+
+    def pool(self, name: str) -> PoolSpec | None:
+        return next((pool for pool in self.serving.pools if pool.name == name), None)
+
+    def kv_bytes_per_token_of(self, pool: PoolSpec) -> int:
+        """A simulated engine's blocks have the size its own config says."""
+        if pool.engine == "simulated":
+            return (pool.simulated or SimulatedSpec()).kv_bytes_per_token
+        return self.kv_bytes_per_token
+
+    def worker_spec(self, worker: WorkerId, engine_key: str) -> WorkerSpec:
+        """What rank 0 of a new generation is told. Raises: KeyError: there is no such pool."""
+        pool = self.serving.pool(worker.pool)
+        return WorkerSpec(
+            cluster=self.cluster,
+            id=worker,
+            role=pool.role,
+            model=self.serving.model,
+            model_path=self.model_path,
+            model_digest=self.model_digest,
+            max_model_len_tokens=self.max_model_len_tokens,
+            kv_bytes_per_token=self.kv_bytes_per_token_of(pool),
+            pool=pool,
+            island=self.serving.island_of(worker.pool),
+            health=self.serving.health,
+            engine_key=engine_key,
+            host=self.host,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """One pool: how many replicas are wanted, exist, and take work."""
+
+    name: str
+    role: Role
+    engine: str
+    desired: int
+    present: int
+    ready: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailedSlot:
+    """A place of a pool whose worker failed, and when it gets or got the next one."""
+
+    worker: str  # pool/index
+    failures: int  # in a row
+    restart_in_s: float | None  # None: the next one is there
+    why: str  # of the latest failure
+    last_words: tuple[str, ...] = ()  # tail of the failed engine's log
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatus:
+    """A pair of pools over which KV may move, and what stands against it."""
+
+    link: Link
+    is_open: bool
+    mismatches: tuple[str, ...] = ()  # plain sentences, one per pair of unlike workers
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """The cluster as its controller sees it at this moment."""
+
+    cluster: str
+    model: str
+    version: int
+    controller_started_at_s: float  # wall clock
+    pools: tuple[PoolStatus, ...]
+    workers: tuple[WorkerReport, ...]
+    failed: tuple[FailedSlot, ...]
+    links: tuple[LinkStatus, ...]
+    events: tuple[Recorded, ...]  # newest last

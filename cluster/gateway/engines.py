@@ -1,0 +1,143 @@
+"""What the gateway asks of engines, over their own HTTP ports.
+
+Translates at the edge: a broken connection or a server error becomes `EngineFailed`, what the
+engine holds against the client's request becomes `Rejected`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from cluster.errors import EngineFailed
+from cluster.gateway.errors import Rejected
+from cluster.gateway.fleet import Fleet
+from cluster.gateway.render import CannotRender
+from cluster.gateway.requests import Endpoint
+from cluster.gateway.upstream import Upstream, UpstreamLost, UpstreamResponse
+from cluster.snapshot import WorkerView
+
+# These say something about the engine or about us, not about the client's request.
+_NOT_THE_CLIENTS_FAULT = frozenset({401, 403, 407, 408, 429})
+# vLLM answers 403 where an endpoint is switched off.
+_NO_SUCH_ENDPOINT = frozenset({403, 404, 405, 501})
+_EXCERPT_CHARACTERS = 300
+# What a request for a single throw-away token carries over from the client's request.
+_SHARED_FIELDS = ("cache_salt", "priority")
+
+
+class Engines:
+    """Calls to engines. Every method: Cancel: closes the connection, so the engine stops."""
+
+    def __init__(self, upstream: Upstream, fleet: Fleet, model: str) -> None:
+        self._upstream = upstream
+        self._fleet = fleet
+        self._model = model
+
+    async def compute_prompt(
+        self,
+        worker: WorkerView,
+        prompt_ids: Sequence[int],
+        kv_transfer_params: Mapping[str, Any],
+        client_body: Mapping[str, Any],
+        request_id: str,
+    ) -> dict[str, Any]:
+        """Let `worker` compute (or pull) a prompt's KV blocks by asking for one token.
+
+        Returns the engine's parsed answer. Raises: EngineFailed, Rejected.
+        """
+        body: dict[str, Any] = {
+            "model": self._model,
+            "prompt": prompt_ids,
+            "max_tokens": 1,
+            # A request that ends before its length limit keeps no blocks for a peer.
+            "min_tokens": 1,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": False,
+            "kv_transfer_params": kv_transfer_params,
+        }
+        for field in _SHARED_FIELDS:
+            if client_body.get(field) is not None:
+                body[field] = client_body[field]
+        answer = await self.ask(worker, Endpoint.COMPLETIONS, orjson.dumps(body), request_id)
+        return _json_object(worker, answer)
+
+    async def open(
+        self, worker: WorkerView, path: str, body: bytes, request_id: str
+    ) -> UpstreamResponse:
+        """Begin a request; the caller closes the response. Raises: EngineFailed, Rejected."""
+        try:
+            response = await self._upstream.request("POST", worker.url, path, body, request_id)
+        except UpstreamLost as error:
+            raise EngineFailed(worker.id.name, None, str(error)) from error
+        if response.status == 200:
+            return response
+        async with response:
+            raise await _failure(worker, response)
+
+    async def ask(self, worker: WorkerView, path: str, body: bytes, request_id: str) -> bytes:
+        """A request's whole answer. Raises: EngineFailed, Rejected."""
+        async with await self.open(worker, path, body, request_id) as response:
+            return await read(worker, response)
+
+    async def render(self, endpoint: Endpoint, body: dict[str, Any]) -> list[list[int]]:
+        """Token ids per prompt, as an engine would make them.
+
+        Raises: EngineFailed, NoCapacity, Rejected, CannotRender.
+        """
+        worker = self._fleet.any_decoder()
+        try:
+            answer = orjson.loads(
+                await self.ask(worker, f"{endpoint}/render", orjson.dumps(body), "render")
+            )
+            found = answer if isinstance(answer, list) else [answer]
+            return [list(prompt["token_ids"]) for prompt in found]
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            raise EngineFailed(worker.id.name, 200, "its rendering is not readable") from error
+        except (EngineFailed, Rejected) as error:
+            if error.status in _NO_SUCH_ENDPOINT:
+                raise CannotRender("engine-has-no-render-endpoint") from None
+            raise
+
+
+async def read(worker: WorkerView, response: UpstreamResponse) -> bytes:
+    """The rest of an answer. Raises: EngineFailed."""
+    try:
+        return await response.read()
+    except UpstreamLost as error:
+        raise EngineFailed(worker.id.name, None, str(error)) from error
+
+
+async def next_piece(worker: WorkerView, response: UpstreamResponse) -> bytes:
+    """What has arrived; b"" at the end. Raises: EngineFailed."""
+    try:
+        return await response.next_piece()
+    except UpstreamLost as error:
+        raise EngineFailed(worker.id.name, None, str(error)) from error
+
+
+async def _failure(worker: WorkerView, response: UpstreamResponse) -> EngineFailed | Rejected:
+    body = await read(worker, response)
+    status = response.status
+    if (400 <= status < 500 and status not in _NOT_THE_CLIENTS_FAULT) or status == 501:
+        content_type = response.headers.get(b"content-type", b"application/json")
+        return Rejected(status, body, content_type)
+    return EngineFailed(worker.id.name, status, excerpt(body))
+
+
+def excerpt(body: bytes) -> str:
+    """An engine's error body, short enough for a log line."""
+    return body.decode("utf-8", "replace").strip()[:_EXCERPT_CHARACTERS] or "no body"
+
+
+def _json_object(worker: WorkerView, answer: bytes) -> dict[str, Any]:
+    try:
+        loaded = orjson.loads(answer)
+    except orjson.JSONDecodeError as error:
+        raise EngineFailed(worker.id.name, 200, f"its answer is not JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise EngineFailed(worker.id.name, 200, "its answer is not a JSON object")
+    return loaded

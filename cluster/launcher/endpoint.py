@@ -1,0 +1,142 @@
+"""A small client of a cluster's endpoint: is it ready, and one chat. Standard library only, for a
+command that answers at once must not first import an SDK.
+
+Called by: launcher.up, launcher.demo, cli.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.parse
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import ClusterError
+
+_TIMEOUT_S = 600.0
+
+
+class EndpointError(ClusterError):
+    """The endpoint refused, or does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole chat answer, and which way it took."""
+
+    text: str
+    request_id: str
+    prefill: str
+    decode: str
+    route: str
+    usage: Mapping[str, Any]
+
+
+class Endpoint:
+    """One endpoint at `url` (http://host:port). `key`: None if it asks for none."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self.url = url
+        self._key = key
+
+    def why_not_ready(self) -> str:
+        """ "" if it can serve, else what it or the network says."""
+        try:
+            response = self._send("GET", "/ready", None, timeout_s=5.0)
+            body = response.read().decode(errors="replace")
+        except OSError as error:
+            return str(error)
+        return "" if response.status == 200 else f"{response.status}: {body[:300]}"
+
+    def metrics(self) -> str:
+        """The gateway's own Prometheus text. Raises: EndpointError."""
+        try:
+            response = self._send("GET", "/metrics", None, timeout_s=5.0)
+            return response.read().decode()
+        except OSError as error:
+            raise EndpointError(f"{self.url}: {error}") from error
+
+    def chat(self, model: str, messages: Sequence[Mapping[str, str]], **options: Any) -> Answer:
+        """One answer, not streamed. Raises: EndpointError."""
+        response = self._chat({"model": model, "messages": list(messages), **options})
+        parsed = json.loads(response.read())
+        header = response.headers.get
+        return Answer(
+            text=parsed["choices"][0]["message"]["content"] or "",
+            request_id=header("x-request-id", ""),
+            prefill=header("x-pdcluster-prefill", "none"),
+            decode=header("x-pdcluster-decode", "none"),
+            route=header("x-pdcluster-route", ""),
+            usage=parsed.get("usage") or {},
+        )
+
+    def chat_stream(
+        self, model: str, messages: Sequence[Mapping[str, str]], **options: Any
+    ) -> Generator[str, None, None]:
+        """Pieces of one answer as they arrive. Closing the iterator ends the request.
+
+        Raises: EndpointError, also in mid-stream."""
+        response = self._chat(
+            {"model": model, "messages": list(messages), "stream": True, **options}
+        )
+        try:
+            for line in response:
+                if not line.startswith(b"data:"):
+                    continue
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    return
+                event = json.loads(data)
+                if "error" in event:
+                    raise EndpointError(str(event["error"].get("message", event["error"])))
+                for choice in event.get("choices") or ():
+                    yield (choice.get("delta") or {}).get("content") or ""
+        except (OSError, http.client.HTTPException) as error:
+            raise EndpointError(f"{self.url}: the answer broke off ({error})") from error
+        finally:
+            response.close()
+
+    def _chat(self, body: Mapping[str, Any]) -> http.client.HTTPResponse:
+        try:
+            response = self._send("POST", "/v1/chat/completions", body, _TIMEOUT_S)
+        except OSError as error:
+            raise EndpointError(
+                f"{self.url} does not answer ({error}); see: pdcluster status"
+            ) from error
+        if response.status != 200:
+            raise EndpointError(f"{self.url}: {response.status} {_message(response.read())}")
+        return response
+
+    def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
+    ) -> http.client.HTTPResponse:
+        address = urllib.parse.urlsplit(self.url)
+        connection = http.client.HTTPConnection(
+            address.hostname or "", address.port, timeout=timeout_s
+        )
+        headers = {"content-type": "application/json", "connection": "close"}
+        if self._key is not None:
+            headers["authorization"] = f"Bearer {self._key}"
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            connection.request(method, path, data, headers)
+            return connection.getresponse()
+        except http.client.HTTPException as error:
+            raise ConnectionError(str(error) or type(error).__name__) from error
+
+
+def curl_line(url: str, model: str, key_file: str | None, key_env: str | None) -> str:
+    """A line to paste into a shell. The key itself is never in it."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    key = f"$(cat {key_file})" if key_file else f"${{{key_env}%%,*}}" if key_env else ""
+    auth = f' -H "Authorization: Bearer {key}"' if key else ""
+    return f"curl {url}/v1/chat/completions{auth} -H 'Content-Type: application/json' -d '{body}'"
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:300]

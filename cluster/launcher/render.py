@@ -1,0 +1,132 @@
+"""What would run: every worker's command, environment and host, before anything is started.
+
+Needs neither Ray nor the model. Ports are examples: the real ones are reserved on the node at
+each start. Secrets are masked. Called by: cli.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.engines import registry
+from cluster.engines.base import HostFacts, LaunchContext, PortNeed
+from cluster.engines.host import host_facts
+from cluster.identity import WorkerId
+from cluster.launcher import local_ray
+from cluster.models import cache, simulated, smollm2
+from cluster.settings import ClusterPaths
+from cluster.topology.schema import ModelSpec, PoolSpec, Topology
+from cluster.workers.ports import DEFAULT_WINDOW
+
+MASK = "***"
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One node of one replica."""
+
+    worker: str  # pool/index
+    node_rank: int
+    role: str
+    host: str  # an address, or what a node must have
+    argv: tuple[str, ...]
+    env: Mapping[str, str]  # what the engine gets beyond what its node has
+
+    def shell(self) -> str:
+        """As one would type it."""
+        env = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.env.items())
+        return f"env {env} {shlex.join(self.argv)}" if env else shlex.join(self.argv)
+
+
+def render(topology: Topology) -> tuple[Rendered, ...]:
+    """In the order of the file. Raises: InvalidInput: an engine cannot run a pool as written."""
+    next_port = DEFAULT_WINDOW.start
+    rendered: list[Rendered] = []
+    for pool in topology.serving.pools:
+        for index in range(pool.replicas.initial):
+            for rank in range(pool.nodes_per_replica):
+                one, used = _render(topology, pool, index, rank, next_port)
+                rendered.append(one)
+                next_port += used
+    return tuple(rendered)
+
+
+def _render(
+    topology: Topology, pool: PoolSpec, index: int, rank: int, first_port: int
+) -> tuple[Rendered, int]:
+    adapter = registry.adapter(pool.engine)
+    worker = WorkerId(pool.name, index, generation=1)
+    is_local = local_ray.is_local(topology)
+    island = topology.serving.island_of(pool.name)
+    ports, used = _ports(adapter.ports(pool, island), first_port)
+    context = LaunchContext(
+        worker=worker,
+        role=pool.role,
+        model=topology.serving.model,
+        model_path=_model_path(topology.serving.model),
+        pool=pool,
+        island=island,
+        host=local_ray.LOOPBACK if is_local else "NODE_IP",
+        host_facts=_host_facts(pool, is_local),
+        ports=ports,
+        runtime_dir=str(ClusterPaths(topology.cluster_name).runtime / "w" / f"{pool.name}-{index}"),
+        python=pool.interpreter or sys.executable,
+        engine_key=MASK,
+        node_rank=rank,
+        head_host="" if rank == 0 else "HEAD_IP",
+    )
+    launch = adapter.launch(context)
+    return (
+        Rendered(
+            worker=worker.name,
+            node_rank=rank,
+            role=pool.role.value,
+            host=local_ray.LOOPBACK if is_local else _node(pool),
+            argv=launch.argv,
+            env={**launch.env, **dict.fromkeys(launch.secret_env, MASK)},
+        ),
+        used,
+    )
+
+
+def _ports(needs: tuple[PortNeed, ...], first: int) -> tuple[dict[str, int], int]:
+    ports: dict[str, int] = {}
+    used = 0
+    for need in needs:
+        ports[need.name] = first + used
+        used += need.span
+    return ports, used
+
+
+def _model_path(model: ModelSpec) -> str:
+    """Where the model will be: the same path as `up` finds, without making it."""
+    makers: dict[str, Any] = {smollm2.ID: smollm2, simulated.ID: simulated}
+    if model.id in makers:
+        return str(cache.models_dir() / f"{model.id}-{makers[model.id].REVISION}")
+    place = Path(model.id).expanduser()
+    return str(place.absolute()) if place.exists() else model.id
+
+
+def _host_facts(pool: PoolSpec, is_local: bool) -> HostFacts:
+    """This machine's, or what the resources that the pool asks for say of another one."""
+    here = host_facts()
+    if is_local:
+        return here
+    if "GPU" in pool.placement.resources:
+        return replace(here, platform="cuda")
+    if "NPU" in pool.placement.resources:
+        return replace(here, platform="npu")
+    return replace(here, platform="cpu")
+
+
+def _node(pool: PoolSpec) -> str:
+    resources = ", ".join(
+        f"{name}: {amount:g}" for name, amount in pool.placement.resources.items()
+    )
+    labels = ", ".join(f"{key}={value}" for key, value in pool.placement.labels.items())
+    return f"a node with {resources}" + (f" and {labels}" if labels else "")

@@ -1,0 +1,196 @@
+"""A cluster of simulated engines through the real CLI, with its own state, runtime and cache.
+
+`cluster` is shared by all tests of this folder; the last test of test_up_down.py ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from cluster.launcher.running import short_runtime
+from cluster.settings import OWNER_ENV, ClusterPaths
+
+ROOT = Path(__file__).parents[3]
+Edit = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Home:
+    """Private XDG folders, and the CLI run in them."""
+
+    folder: Path
+    extra_env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def env(self) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PDCLUSTER_"))}
+        return kept | {
+            "XDG_STATE_HOME": str(self.folder / "state"),
+            "XDG_RUNTIME_DIR": str(self.folder / "run"),
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
+            **self.extra_env,
+        }
+
+    def state(self, cluster: str) -> Path:
+        return self.folder / "state/pdcluster" / cluster
+
+    def start(self, *args: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli.main", *args],
+            cwd=ROOT,
+            env=self.env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # Its own process group, as a terminal gives one to each command.
+            start_new_session=True,
+        )
+
+    def run(self, *args: str, exit_code: int = 0, within_s: float = 100) -> Done:
+        process = self.start(*args)
+        try:
+            stdout, stderr = process.communicate(timeout=within_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        assert process.returncode == exit_code, f"{args}\n{stdout}\n{stderr}"
+        return Done(stdout, stderr)
+
+    def json(self, *args: str) -> Any:
+        return json.loads(self.run(*args, "--json").stdout)
+
+    def topology(self, name: str, edit: Edit | None = None) -> Path:
+        """The shipped file under another name and on a free port, edited."""
+        parsed = yaml.safe_load((ROOT / "topologies/local-simulated.yaml").read_text())
+        parsed["cluster_name"] = name
+        parsed["metadata"]["serving"]["gateway"]["port"] = free_port()
+        if edit is not None:
+            edit(parsed["metadata"]["serving"])
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(parsed))
+        return path
+
+    def processes(self, cluster: str) -> list[psutil.Process]:
+        """Everything that carries the owner mark of `cluster` and lives in this home."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                environ = process.environ()
+                is_ours = environ.get("XDG_STATE_HOME") == str(self.folder / "state")
+                if is_ours and environ.get(OWNER_ENV, "").startswith(f"{cluster}/"):
+                    found.append(process)
+        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def actor(self, cluster: str, kind: str) -> list[psutil.Process]:
+        """Ray actors' processes by their class."""
+        return [p for p in self.processes(cluster) if f"ray::{kind}" in " ".join(cmdline(p))]
+
+    def leftovers(self, cluster: str) -> list[str]:
+        """What `down` should have taken away: processes, ports, folders, the state file."""
+        left = [f"process {p.pid} {cmdline(p)}" for p in self.processes(cluster)]
+        if (self.state(cluster) / "running.json").exists():
+            left.append("running.json")
+        runtime = self.folder / "run" / f"pdcluster-{os.getuid()}" / cluster
+        left += [str(p) for p in (runtime, *runtime.rglob("*")) if p.exists()]
+        if self.ray_folder(cluster).exists():
+            left.append(str(self.ray_folder(cluster)))
+        return left
+
+    def ray_folder(self, cluster: str) -> Path:
+        """Where the cluster's own Ray head keeps its session."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_STATE_HOME", self.env["XDG_STATE_HOME"])
+            return short_runtime(ClusterPaths(cluster))
+
+
+@dataclass(frozen=True)
+class Done:
+    stdout: str
+    stderr: str
+
+    @property
+    def said(self) -> str:
+        return self.stdout + self.stderr
+
+
+@dataclass(frozen=True)
+class Cluster:
+    home: Home
+    name: str
+    topology: Path
+    up: Done
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.home.json("status", "--cluster", self.name)
+        return found
+
+    def worker(self, name: str) -> dict[str, Any]:
+        for worker in self.status()["workers"]:
+            if worker["name"] == name:
+                found: dict[str, Any] = worker
+                return found
+        raise AssertionError(f"no worker {name}")
+
+    def wait_for(self, is_so: Callable[[dict[str, Any]], bool], within_s: float = 40) -> Any:
+        deadline_s = time.monotonic() + within_s
+        while time.monotonic() < deadline_s:
+            status = self.status()
+            if is_so(status):
+                return status
+            time.sleep(0.3)
+        raise AssertionError(f"not within {within_s} s: {json.dumps(status, indent=1)}")
+
+    def ask(self, text: str = "hello") -> dict[str, Any]:
+        found: dict[str, Any] = self.home.json(
+            "chat", text, "--max-tokens", "8", "--cluster", self.name
+        )
+        return found
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    home = Home(tmp_path_factory.mktemp("pd"))
+    (home.folder / "run").mkdir(mode=0o700)
+    yield home
+    # Whatever failed: nothing of these tests outlives them.
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            environ = process.environ()
+            if environ.get("XDG_STATE_HOME") == str(home.folder / "state") and OWNER_ENV in environ:
+                process.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def cluster(home: Home) -> Cluster:
+    topology = home.topology("it-shared")
+    up = home.run("up", str(topology))
+    return Cluster(home, "it-shared", topology, up)

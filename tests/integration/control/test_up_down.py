@@ -1,0 +1,291 @@
+"""`up`, `down` and what is between them, as an operator types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.launcher.running import lock
+from cluster.settings import ClusterPaths
+
+pytestmark = pytest.mark.integration
+
+
+def key_of(cluster):
+    return (cluster.home.state(cluster.name) / "api-key").read_text().strip()
+
+
+def wait_until(is_so, within_s=30.0):
+    deadline_s = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def test_up_prints_the_endpoint_and_a_line_to_paste_that_works(cluster):
+    said = cluster.up.stdout
+    curl = next(line for line in said.splitlines() if line.startswith("curl "))
+    assert "$(cat " in curl
+    answer = subprocess.run(
+        ["bash", "-c", f"{curl} --silent --max-time 20"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(answer.stdout)["choices"][0]["message"]["content"]
+    for stage in ("validate", "model", "Ray", "controller", "workers", "gateway", "ready"):
+        assert stage in cluster.up.stderr
+
+
+def test_no_secret_is_printed_logged_or_in_any_command_line(cluster):
+    state = cluster.home.state(cluster.name)
+    secrets = [
+        (state / name).read_text().strip() for name in ("api-key", "engine-key", "ray-token")
+    ]
+    places = [cluster.up.said, json.dumps(cluster.status())]
+    places += [" ".join(p.cmdline()) for p in cluster.home.processes(cluster.name)]
+    places += [p.read_text(errors="replace") for p in (state / "logs").iterdir()]
+    for secret in secrets:
+        assert len(secret) > 20
+        assert not any(secret in place for place in places)
+    for name in ("api-key", "engine-key", "ray-token"):
+        assert (state / name).stat().st_mode & 0o077 == 0
+
+
+def test_status_shows_pools_workers_links_and_events(cluster):
+    status = cluster.status()
+    assert {p["name"]: (p["ready"], p["desired"]) for p in status["pools"]} == {
+        "prefill": (1, 1),
+        "decode": (1, 1),
+    }
+    assert [(k["prefill_pool"], k["decode_pool"], k["is_open"]) for k in status["links"]] == [
+        ("prefill", "decode", True)
+    ]
+    assert any(e["kind"] == "WorkerStarted" for e in status["events"])
+    drawn = cluster.home.run("status").stdout
+    assert "prefill/0#" in drawn
+    assert "ready" in drawn
+
+
+def test_chat_goes_through_both_workers_and_its_transfer_can_be_seen(cluster):
+    text = " ".join(f"word{n}" for n in range(60))
+    answer = cluster.ask(text)
+    assert answer["text"]
+    assert (answer["prefill"], answer["decode"]) == ("prefill/0", "decode/0")
+
+    def records():
+        return cluster.home.json("transfers", answer["request_id"], "--cluster", cluster.name)
+
+    wait_until(lambda: any(r["side"] == "decode" for r in records()), 10)
+    (pulled,) = [r for r in records() if r["side"] == "decode"]
+    assert pulled["tokens_pulled"] > 0
+    assert pulled["bytes_pulled"] > 0
+    streamed = cluster.home.run("chat", text, "--max-tokens", "8", "--system", "be short")
+    assert streamed.stdout.strip()
+
+
+def test_a_conversation_goes_on_after_ctrl_c_ended_an_answer(cluster):
+    # 20,000 tokens of 2 ms: far longer than this test.
+    talk = cluster.home.start("chat", "--max-tokens", "20000", "--cluster", cluster.name)
+    assert talk.stdin is not None
+    assert talk.stdout is not None
+    talk.stdin.write("tell me all\n")
+    talk.stdin.flush()
+    assert talk.stdout.read(20).startswith("> ")
+    talk.send_signal(signal.SIGINT)
+    talk.stdin.write("\n")  # nothing said: it asks again
+    talk.stdin.close()
+    assert talk.wait(10) == 0
+    assert "> > " in talk.stdout.read()
+    # The engines stopped, too.
+    cluster.wait_for(lambda s: all(w["load"]["running"] == 0 for w in s["workers"]), 10)
+
+
+def test_logs_show_the_engines_own_words(cluster):
+    assert "simulated engine" in cluster.home.run("logs", "decode/0").stdout
+    following = cluster.home.start("logs", "decode/0", "-f", "-n", "1")
+    assert following.stdout is not None
+    assert "simulated engine" in following.stdout.readline()
+    following.send_signal(signal.SIGINT)
+    assert following.wait(10) == 130
+    wrong = cluster.home.run("logs", "decode", exit_code=2)
+    assert "write POOL/INDEX" in wrong.stderr
+
+
+def test_up_again_changes_nothing(cluster):
+    before = cluster.status()
+    again = cluster.home.run("up", str(cluster.topology))
+    assert "is up already, nothing changed" in again.stdout
+    after = cluster.status()
+    assert [w["engine_pid"] for w in after["workers"]] == [
+        w["engine_pid"] for w in before["workers"]
+    ]
+
+
+def test_up_of_a_changed_file_says_what_to_do(cluster, tmp_path):
+    parsed = yaml.safe_load(cluster.topology.read_text())
+    parsed["metadata"]["serving"]["pools"][1]["replicas"] = 2
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(parsed))
+    refused = cluster.home.run("up", str(changed), exit_code=1)
+    assert f"pdcluster down --cluster {cluster.name}" in refused.stderr
+
+
+def test_a_second_up_at_the_same_time_names_the_first(cluster, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", cluster.home.env["XDG_STATE_HOME"])
+    with lock(ClusterPaths(cluster.name)):
+        for command in ("up", "down"):
+            refused = cluster.home.run(command, str(cluster.topology), exit_code=1)
+            assert f"pid {os.getpid()}" in refused.stderr
+
+
+def listening_addresses(pids):
+    """Local addresses on which these processes listen, from the kernel's own list."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                target = os.readlink(link)
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    found = set()
+    for table, family in (("tcp", 4), ("tcp6", 6), ("udp", 4), ("udp6", 6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            is_open = fields[3] == ("0A" if table.startswith("tcp") else "07")
+            if is_open and fields[9] in inodes:
+                found.add((family, fields[1].split(":")[0]))
+    return found
+
+
+def test_nothing_listens_beyond_loopback(cluster):
+    found = listening_addresses(p.pid for p in cluster.home.processes(cluster.name))
+    assert found
+    loopback = {(4, "0100007F"), (6, "0000000000000000FFFF00000100007F"), (6, "0" * 31 + "1")}
+    loopback.add((6, "00000000000000000000000001000000"))
+    assert found <= loopback
+
+
+def test_the_key_is_asked_for(cluster):
+    curl = next(line for line in cluster.up.stdout.splitlines() if line.startswith("curl "))
+    url = curl.split()[1]
+    code = subprocess.run(
+        ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", url, "-d", "{}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert code == "401"
+
+
+def test_a_port_in_use_is_named_before_anything_starts(home):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+
+        def edit(serving):
+            serving["gateway"]["port"] = port
+
+        topology = home.topology("it-port", edit)
+        refused = home.run("up", str(topology), exit_code=2)
+    assert f"127.0.0.1:{port}" in refused.stderr
+    assert f"pid {os.getpid()}" in refused.stderr
+    assert "metadata.serving.gateway.port" in refused.stderr
+    assert "Ray" not in refused.stderr
+    assert home.processes("it-port") == []
+
+
+def test_a_missing_model_folder_is_named_before_anything_starts(home):
+    def edit(serving):
+        serving["model"]["id"] = "/no/such/model"
+
+    refused = home.run("up", str(home.topology("it-model", edit)), exit_code=2)
+    assert "/no/such/model" in refused.stderr
+    assert "Ray" not in refused.stderr
+    assert home.processes("it-model") == []
+
+
+def test_a_worker_that_cannot_start_fails_up_with_its_last_words_and_leaves_nothing(home, tmp_path):
+    interpreter = tmp_path / "python"
+    interpreter.write_text("#!/bin/sh\necho 'no accelerator on this node' >&2\nsleep 0.5\nexit 3\n")
+    interpreter.chmod(0o755)
+
+    def edit(serving):
+        serving["pools"][0]["interpreter"] = str(interpreter)
+
+    failed = home.run("up", str(home.topology("it-broken", edit)), exit_code=1)
+    assert "prefill/0 did not start: the engine ended while" in failed.stderr
+    assert "exit code 3" in failed.stderr
+    assert "no accelerator on this node" in failed.stderr
+    assert home.leftovers("it-broken") == []
+
+
+def slow(serving):
+    for pool in serving["pools"]:
+        pool["simulated"] = {"load_s": 60}
+
+
+@pytest.mark.parametrize("stage", ["Ray", "workers"])
+def test_ctrl_c_during_up_leaves_nothing(home, stage):
+    name = f"it-stop-{stage.lower()}"
+    topology = home.topology(name, slow)
+    first = home.start("up", str(topology))
+    said = ""
+    assert first.stderr is not None
+    while stage not in said.split():  # a line is `   2.1 s  Ray`
+        line = first.stderr.readline()
+        assert line, f"up ended early: {said}"
+        said += line
+    if stage == "workers":
+        wait_until(lambda: len(home.actor(name, "WorkerActor")) == 2)
+        # And a second one at this moment is told so.
+        second = home.run("up", str(topology), exit_code=1)
+        assert f"pid {first.pid}" in second.stderr
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=40)
+    assert first.returncode == 130
+    assert home.leftovers(name) == []
+
+
+def test_what_a_killed_up_left_is_taken_away_by_down(home):
+    topology = home.topology("it-killed", slow)
+    first = home.start("up", str(topology))
+    wait_until(lambda: len(home.actor("it-killed", "WorkerActor")) == 2)
+    first.kill()
+    first.wait(10)
+    assert home.processes("it-killed")
+    home.run("down", "--cluster", "it-killed")
+    assert home.leftovers("it-killed") == []
+
+
+def test_down_leaves_nothing_and_a_second_down_says_so(cluster):
+    processes = cluster.home.processes(cluster.name)
+    ports = {
+        connection.laddr.port
+        for process in processes
+        for connection in process.net_connections("tcp")
+        if connection.status == "LISTEN"
+    }
+    assert len(ports) >= 8
+    done = cluster.home.run("down", str(cluster.topology))
+    assert f"cluster {cluster.name} is down" in done.stdout
+    assert cluster.home.leftovers(cluster.name) == []
+    for port in ports:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+    again = cluster.home.run("down", str(cluster.topology))
+    assert "nothing runs here" in again.stdout
+    assert cluster.home.json("down", "--cluster", cluster.name) == {
+        "cluster": cluster.name,
+        "was_running": False,
+    }
+    missing = cluster.home.run("status", "--cluster", cluster.name, exit_code=1)
+    assert "pdcluster up FILE" in missing.stderr
