@@ -190,6 +190,7 @@ class Supervisor:
         self._output_fd = -1
         self._wake_fd = -1
         self._child_pid = -1
+        self._child: subprocess.Popen[bytes] | None = None
         self._code: int | None = None
         self._stop_asked = False
 
@@ -246,6 +247,9 @@ class Supervisor:
         finally:
             os.close(output_write_fd)
         self._child_pid = child.pid
+        # Kept for its finalizer's sake: a collected Popen reaps its process by itself, and with it
+        # the exit status of a command that ended at once.
+        self._child = child
         for fd in (self._output_fd, self._wake_fd, self._owner_fd, self._commands_fd):
             if fd >= 0:
                 self._poll.register(fd, select.POLLIN)

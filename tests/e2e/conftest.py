@@ -14,6 +14,18 @@ from pathlib import Path
 import pytest
 from e2e.harness import TOPOLOGIES, Cluster, Prompt, reference_answers, running_cluster
 
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on a whole cluster come last: those before them start engines of their own, and three
+    at a time are what the machine carries."""
+
+    def on_cluster(item: pytest.Item) -> bool:
+        return item.path.parent == HERE and "cluster" in getattr(item, "fixturenames", ())
+
+    items.sort(key=on_cluster)
+
 
 @pytest.fixture(scope="session")
 def private_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

@@ -29,7 +29,7 @@ DRAFTS = {
 }
 
 
-@pytest.fixture(scope="session", params=["nixl", "mooncake"])
+@pytest.fixture(scope="module", params=["nixl", "mooncake"])
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:

@@ -266,6 +266,26 @@ def test_without_an_owner_it_lives_on_its_own_and_passes_the_exit_code_on(tmp_pa
     assert process.returncode == 128 + 11
 
 
+def test_a_command_that_ends_at_once_has_its_exit_code_reported(tmp_path, environment):
+    # A race between its end and its supervisor's start: several tries.
+    for number in range(8):
+        done = subprocess.run(
+            [
+                *SUPERVISOR,
+                "--owner-pid=0",
+                f"--log={tmp_path / str(number)}",
+                "--grace-s=0.5",
+                "--",
+                "/bin/false",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+            timeout=30,
+        )
+        assert done.returncode == 1
+
+
 def test_an_owner_that_is_not_the_parent_is_refused(tmp_path, environment):
     process = subprocess.run(
         [*SUPERVISOR, "--owner-pid=1", f"--log={tmp_path / 'log'}", "--grace-s=1", "--", "true"],
