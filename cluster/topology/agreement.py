@@ -8,19 +8,17 @@ labels are found by Ray itself), and packing is judged by bounds that no placeme
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.topology.findings import SERVING, Finding, KeyPath, did_you_mean
+from cluster.topology.labels import label_matches
 from cluster.topology.schema import PoolSpec, ServingSpec
 
 # Every node has some of these, stated or not; Ray adds names with these beginnings by itself.
 _FOUND_BY_RAY = frozenset({"CPU", "memory", "object_store_memory"})
 _MADE_BY_RAY = ("node:", "accelerator_type:")
 _RAY_LABEL = "ray.io/"
-
-_SELECTOR = re.compile(r"(?P<no>!?)(?:in)?\(?(?P<values>[^()]*)\)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class NodeType:
         label = self.labels.get(key)
         if label is None and (self.open_ended or key.startswith(_RAY_LABEL)):
             return True
-        return _takes(selector, label)
+        return label_matches(selector, label)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,15 +239,6 @@ def _greatest(amounts: Sequence[tuple[NodeType, float]], offer: Offer) -> float:
         total += amount * workers
         left -= workers
     return total
-
-
-def _takes(selector: str, label: str | None) -> bool:
-    """Does a label selector of Ray (`A`, `!A`, `in(A, B)`, `!in(A, B)`) take this label?"""
-    match = _SELECTOR.fullmatch(selector)
-    if match is None:
-        return True  # launcher.validate has Ray judge the selector's form
-    values = {value.strip() for value in match["values"].split(",")}
-    return (label in values) is not bool(match["no"])
 
 
 def _count(number: int, noun: str) -> str:

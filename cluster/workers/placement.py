@@ -5,11 +5,11 @@ Called by: workers.handle.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.topology.labels import label_matches
 from cluster.topology.schema import PoolSpec
 
 _NAMES_SHOWN = 4
@@ -81,15 +81,6 @@ def explain_unplaceable(request: PlacementRequest, nodes: Sequence[NodeFacts]) -
     found = "; ".join(f"on {_names(names)}: {lacks}" for lacks, names in reasons.items())
     fits = f"; fits on {fitting} of {request.nodes}" if request.nodes > 1 else ""
     return f"needs {asked}; {found}{fits}"
-
-
-def label_matches(selector: str, value: str | None) -> bool:
-    """Ray's label selector: `a`, `!a`, `in(a,b)`, `!in(a,b)`; None: the node has no such label."""
-    negated = selector.startswith("!")
-    wanted = selector.removeprefix("!")
-    listed = re.fullmatch(r"in\((.*)\)", wanted)
-    values = {part.strip() for part in listed[1].split(",")} if listed else {wanted}
-    return (value in values) is not negated
 
 
 def _lacks(request: PlacementRequest, node: NodeFacts) -> str:

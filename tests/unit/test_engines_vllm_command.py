@@ -296,6 +296,10 @@ def test_data_parallel_ranks_over_two_nodes():
         ({"nodes_per_replica": 2}, "a CPU replica has one node"),
         ({"facts": HostFacts("npu")}, "Ascend NPU"),
         (
+            {"role": Role.MIXED, "speculative": {"method": "ngram"}},
+            "leave `speculative` out, or write a prefill pool and a decode pool",
+        ),
+        (
             {"facts": H200, "nodes_per_replica": 3, "parallel": ParallelSpec(tensor=8)},
             "multiple of nodes_per_replica",
         ),

@@ -1,11 +1,8 @@
-import pytest
-
 from cluster.topology.schema import PoolSpec
 from cluster.workers.placement import (
     NodeFacts,
     PlacementRequest,
     explain_unplaceable,
-    label_matches,
     request_of,
 )
 
@@ -53,24 +50,6 @@ def test_what_fits_waits_for_ray_and_no_node_is_said_plainly():
         PlacementRequest({"CPU": 1.0}), [node("a", {"CPU": 1.0})]
     )
     assert "no living node" in explain_unplaceable(PlacementRequest({"CPU": 1.0}), [])
-
-
-@pytest.mark.parametrize(
-    ("selector", "value", "matches"),
-    [
-        ("h200", "h200", True),
-        ("h200", "h100", False),
-        ("h200", None, False),
-        ("!h200", "h100", True),
-        ("!h200", None, True),
-        ("in(a, b)", "b", True),
-        ("in(a,b)", "c", False),
-        ("!in(a,b)", "a", False),
-        ("!in(a,b)", "c", True),
-    ],
-)
-def test_label_selectors_mean_what_ray_means_by_them(selector, value, matches):
-    assert label_matches(selector, value) is matches
 
 
 def test_a_pool_becomes_bundles_and_options_that_take_a_whole_bundle():

@@ -113,6 +113,14 @@ def _cpu_flags(context: LaunchContext) -> Flags:
             f"pools[{context.pool.name}].nodes_per_replica: found "
             f"{context.pool.nodes_per_replica}; a CPU replica has one node; write 1"
         )
+    if context.pool.speculative is not None and not kv.moves_kv(context.role):
+        # vLLM 0.32 then samples with temperature, top_k and top_p read from memory it never
+        # wrote; top_k kills the engine. Our CPU connectors repair it, a mixed worker has none.
+        raise InvalidInput(
+            f"pools[{context.pool.name}].speculative: found drafts on a mixed pool on CPU nodes, "
+            "where vLLM 0.32 samples wrongly with them; leave `speculative` out, or write a "
+            "prefill pool and a decode pool"
+        )
     alone = parallel.tensor * parallel.pipeline * parallel.data == 1
     return {
         # Nothing to capture or compile for a model this small: saves a minute of start.
