@@ -95,7 +95,7 @@ def topology() -> dict[str, Any]:
         "auth": {"ssh_user": "root"},
         "metadata": {
             "serving": {
-                "model": {"id": MODEL, "max_model_len_tokens": 4096},
+                "model": {"id": MODEL, "max_model_len_tokens": 4096, "dtype": "float32"},
                 "pools": [
                     {"name": "mixed", "role": "mixed", "kv_cache_gib": 0.5, "max_num_seqs": 16}
                 ],

@@ -116,6 +116,8 @@ def _start(
     watcher.stage("Ray")
     if not state.ray_address:
         extra = hosting.SERVE_ENV if gateway.ingress == "serve" else {}
+        # Here too: Serve reads them in whichever process starts it, when it is first imported.
+        os.environ.update(extra)
         head = local_ray.start_head(paths, topology.serving, extra)
         state = state.model_copy(update={"ray_address": head.address, "own_ray": head.own})
         running.write(paths, state)
