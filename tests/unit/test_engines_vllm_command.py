@@ -107,6 +107,7 @@ def test_cpu_prefill_over_nixl():
     assert launched.env == {
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_RPC_BASE_PATH": "/run/x",
         "PYTHONHASHSEED": "0",
         "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
         "VLLM_NIXL_SIDE_CHANNEL_PORT": "20004",
@@ -189,6 +190,7 @@ def test_cuda_eight_way_tensor_parallel():
     assert launched.env == {
         "VLLM_HOST_IP": "10.0.0.5",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_RPC_BASE_PATH": "/run/x",
         "PYTHONHASHSEED": "0",
         "VLLM_NIXL_SIDE_CHANNEL_HOST": "10.0.0.5",
         "VLLM_NIXL_SIDE_CHANNEL_PORT": "20004",

