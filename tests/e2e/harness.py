@@ -209,6 +209,7 @@ def reference_answers(log_path: Path) -> list[Prompt]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "2",
         "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_RPC_BASE_PATH": str(log_path.parent),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model.path]
@@ -224,7 +225,7 @@ def reference_answers(log_path: Path) -> list[Prompt]:
         return [_reference(prompt, port) for prompt in prompts()]
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
 
 
