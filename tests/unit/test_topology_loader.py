@@ -10,35 +10,13 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from topology_text import BASE, DECODE, PREFILL
 
 from cluster.errors import Fault, TopologyError
 from cluster.identity import Role
 from cluster.topology.loader import load
 from cluster.topology.shape import every_key
 
-BASE = """\
-cluster_name: t
-max_workers: 0
-provider: {type: local, head_ip: 127.0.0.1, worker_ips: []}
-metadata:
-  serving:
-    model: {id: simulated}
-    pools:
-      - name: prefill
-        role: prefill
-        engine: simulated
-      - name: decode
-        role: decode
-        engine: simulated
-    islands:
-      - name: one
-        pools: [prefill, decode]
-    gateway:
-      port: 8000
-"""
-PREFILL = "      - name: prefill\n        role: prefill\n        engine: simulated\n"
-DECODE = "      - name: decode\n        role: decode\n        engine: simulated\n"
-GATEWAY = "    gateway:\n      port: 8000\n"
 S = "metadata.serving."
 P0, P1 = f"{S}pools[0].", f"{S}pools[1]."
 

@@ -6,33 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from topology_text import BASE, DECODE, GATEWAY, PREFILL
 
 from cluster.errors import TopologyError
 from cluster.topology.loader import load
 
-BASE = """\
-cluster_name: t
-max_workers: 0
-provider: {type: local, head_ip: 127.0.0.1, worker_ips: []}
-metadata:
-  serving:
-    model: {id: simulated}
-    pools:
-      - name: prefill
-        role: prefill
-        engine: simulated
-      - name: decode
-        role: decode
-        engine: simulated
-    islands:
-      - name: one
-        pools: [prefill, decode]
-    gateway:
-      port: 8000
-"""
-PREFILL = "      - name: prefill\n        role: prefill\n        engine: simulated\n"
-DECODE = "      - name: decode\n        role: decode\n        engine: simulated\n"
-GATEWAY = "    gateway:\n      port: 8000\n"
 MARK = "  #!"
 
 
