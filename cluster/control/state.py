@@ -51,13 +51,14 @@ class DesiredState(BaseModel):
             model=self.serving.model,
             model_path=self.model_path,
             model_digest=self.model_digest,
-            max_model_len_tokens=self.max_model_len_tokens,
+            max_model_len_tokens=pool.max_model_len_tokens or self.max_model_len_tokens,
             kv_bytes_per_token=self.kv_bytes_per_token_of(pool),
             pool=pool,
             island=self.serving.island_of(worker.pool),
             health=self.serving.health,
             engine_key=engine_key,
             host=self.host,
+            peers=self.serving.peers_of(pool.name),
         )
 
 

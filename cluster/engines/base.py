@@ -52,15 +52,30 @@ class LaunchContext:
     engine_key: str  # bearer token of the engine's own HTTP port
     node_rank: int = 0
     head_host: str = ""  # rank 0's address, for replicas that span nodes
+    head_ports: Mapping[str, int] = field(default_factory=dict)  # what rank 0 reserved
+    peers: tuple[PoolSpec, ...] = ()  # pools at the other end of this pool's links
+    # Accelerators that Ray gave this worker, by the numbers its visible-devices variable has.
+    devices: tuple[str, ...] = ()
+    interface: str = ""  # the network interface that has `host`; "": not found
+
+    @property
+    def max_model_len_tokens(self) -> int | None:
+        """Longest prompt + answer; None: as the model's config says."""
+        return self.pool.max_model_len_tokens or self.model.max_model_len_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What to run. `secret_env` is merged into `env` at exec time and never printed."""
+    """What to run. `secret_env` is merged into `env` at exec time and never printed.
+
+    `origins` says where each flag (`--max-num-seqs`) and variable came from: a key of the serving
+    half relative to the pool or model (`pool.max_num_seqs`, `pool.engine_args.x`, `model.dtype`),
+    or a sentence of the adapter why it is set. What is not in it, the adapter sets for itself."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     secret_env: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +95,7 @@ class MetricNames:
 
 
 class EngineAdapter(Protocol):
-    """One engine. Implementations: vllm, simulated."""
+    """One engine. Implementations: see engines.registry."""
 
     name: str
     metrics: MetricNames

@@ -79,6 +79,7 @@ def _render(
         engine_key=MASK,
         node_rank=rank,
         head_host="" if rank == 0 else "HEAD_IP",
+        peers=topology.serving.peers_of(pool.name),
     )
     launch = adapter.launch(context)
     return (

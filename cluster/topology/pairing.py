@@ -21,13 +21,21 @@ class TensorRule:
     wanted: str
 
 
+_DIVIDES = TensorRule(
+    lambda prefill, decode: decode % prefill == 0,
+    "a prefill size that divides the decode size (nixl)",
+)
+_MULTIPLE = TensorRule(
+    lambda prefill, decode: prefill % decode == 0,
+    "a prefill size that is a multiple of the decode size (mooncake)",
+)
+
 TENSOR_RULES: dict[ConnectorName, TensorRule] = {
-    "nixl": TensorRule(
-        lambda prefill, decode: decode % prefill == 0,
-        "a prefill size that divides the decode size (nixl)",
-    ),
-    "mooncake": TensorRule(
-        lambda prefill, decode: prefill % decode == 0,
-        "a prefill size that is a multiple of the decode size (mooncake)",
-    ),
+    "nixl": _DIVIDES,
+    "mooncake": _MULTIPLE,
+    "ascend_mooncake": _MULTIPLE,
+    "ascend_layerwise": _MULTIPLE,
+    "sglang_mooncake": TensorRule(lambda prefill, decode: True, ""),
+    "sglang_nixl": TensorRule(lambda prefill, decode: True, ""),
+    "sglang_ascend": TensorRule(lambda prefill, decode: True, ""),
 }

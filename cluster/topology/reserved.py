@@ -18,7 +18,7 @@ _FLAGS = {
     "quantization": f"use {_MODEL}quantization",
     "dtype": f"use {_MODEL}dtype",
     "kv-cache-dtype": f"use {_MODEL}kv_cache_dtype",
-    "max-model-len": f"use {_MODEL}max_model_len_tokens",
+    "max-model-len": f"use {_MODEL}max_model_len_tokens, or the pool's own",
     "tool-call-parser": f"use {_MODEL}tool_call_parser",
     "reasoning-parser": f"use {_MODEL}reasoning_parser",
     "trust-remote-code": f"use {_MODEL}trust_remote_code",

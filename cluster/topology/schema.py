@@ -32,8 +32,20 @@ from pydantic import (
 from cluster.identity import Role
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$")]
-EngineName = Literal["vllm", "simulated"]
-ConnectorName = Literal["nixl", "mooncake"]
+EngineName = Literal["vllm", "vllm_ascend", "sglang", "xllm", "ktransformers", "simulated"]
+# nixl, mooncake: vLLM's. ascend_mooncake: vLLM-Ascend's MooncakeConnectorV1, decode pulls.
+# ascend_layerwise: vLLM-Ascend's MooncakeLayerwiseConnector, prefill pushes. sglang_*: SGLang's
+# bootstrap flow over the backend named.
+ConnectorName = Literal[
+    "nixl",
+    "mooncake",
+    "ascend_mooncake",
+    "ascend_layerwise",
+    "sglang_mooncake",
+    "sglang_nixl",
+    "sglang_ascend",
+]
+HardwareName = Literal["cpu", "h200", "atlas_a2", "atlas_a3"]
 ArgValue = str | int | float | bool | None | dict[str, Any] | list[Any]
 
 
@@ -155,6 +167,15 @@ class PoolSpec(Spec):
     engine: EngineName = Field(
         default="vllm", description="simulated: the same HTTP API without a model."
     )
+    hardware: HardwareName | None = Field(
+        default=None,
+        description="What its nodes are, for rules that depend on it. Default: not checked.",
+    )
+    preset: str | None = Field(
+        default=None,
+        description="Start from a published configuration; every key written here overrides it. "
+        "`pdcluster render --explain` shows what it gave.",
+    )
     replicas: ReplicasSpec = Field(
         default_factory=ReplicasSpec, description="`replicas: 2` is short for {initial: 2}."
     )
@@ -172,6 +193,16 @@ class PoolSpec(Spec):
     )
     block_size_tokens: PositiveInt | None = Field(
         default=None, description="Tokens per KV block. Default: the engine decides."
+    )
+    max_model_len_tokens: PositiveInt | None = Field(
+        default=None,
+        description="Longest prompt + answer its workers take. Default: the model's. Longer "
+        "requests go to other pools.",
+    )
+    relative_speed: PositiveFloat = Field(
+        default=1.0,
+        description="How much work one replica does beside replicas of other pools; load is "
+        "shared in this proportion.",
     )
     max_num_seqs: PositiveInt | None = Field(
         default=None, description="Requests in one batch. Default: the engine decides."
@@ -296,6 +327,30 @@ class GatewaySpec(Spec):
     )
 
 
+class ControlSpec(Spec):
+    """The control API on the head: what `pdcluster status`, `logs` and the like ask."""
+
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address to bind. On a rack: the head's own, to be reached from elsewhere.",
+    )
+    port: int = Field(default=8001, ge=1, le=65535, description="TCP port to bind.")
+    token_file: Path | None = Field(
+        default=None,
+        description="File with the bearer token. Default: `up` makes one that only its user reads.",
+    )
+    token_env: str | None = Field(
+        default=None, description="NAME of an environment variable that holds the token."
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> ControlSpec:
+        if self.token_file is not None and self.token_env is not None:
+            raise ValueError("token_file and token_env are both given; keep one of them")
+        return self
+
+
 class HealthSpec(Spec):
     """When a worker counts as hung, and how a dead one is replaced."""
 
@@ -325,6 +380,9 @@ class ServingSpec(Spec):
     gateway: GatewaySpec = Field(
         default_factory=GatewaySpec, description="The OpenAI-compatible endpoint."
     )
+    control: ControlSpec = Field(
+        default_factory=ControlSpec, description="The control API on the head."
+    )
     health: HealthSpec = Field(
         default_factory=HealthSpec, description="When a worker counts as hung; restarts."
     )
@@ -342,6 +400,11 @@ class ServingSpec(Spec):
             if pool in island.pools:
                 return island
         raise KeyError(pool)
+
+    def peers_of(self, pool: str) -> tuple[PoolSpec, ...]:
+        """The pools that `pool` exchanges KV with, in the order of the file."""
+        ends = {a for a, b in self.pairs() if b == pool} | {b for a, b in self.pairs() if a == pool}
+        return tuple(other for other in self.pools if other.name in ends)
 
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """The (prefill pool, decode pool) pairs over which KV may move."""

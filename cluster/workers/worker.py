@@ -206,6 +206,7 @@ class EngineWorker:
             engine_key=spec.engine_key,
             node_rank=spec.node_rank,
             head_host=head_host,
+            peers=spec.peers,
         )
         launch = adapter.launch(context)
         listener = TransferSocket(self._runtime_dir / "transfers", self._ledger)

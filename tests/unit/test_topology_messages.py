@@ -117,7 +117,8 @@ BAD_FILES = [
     Bad("missing key", DECODE, f"      - name: decode{MARK}\n        engine: simulated\n",
         f"{P1}role", "missing", "add `role: prefill`"),
     Bad("wrong word", PREFILL, PREFILL.replace("simulated", f"simulate{MARK}"),
-        f"{P0}engine", '"simulate"', "did you mean `simulated`? (vllm | simulated)"),
+        f"{P0}engine", '"simulate"', "did you mean `simulated`? "
+        "(vllm | vllm_ascend | sglang | xllm | ktransformers | simulated)"),
     Bad("no such role", "role: decode", f"role: decoder{MARK}",
         f"{P1}role", '"decoder"', "did you mean `decode`? (prefill | decode | mixed)"),
     Bad("bad name", "      - name: decode", f"      - name: Decode_1{MARK}",

@@ -75,7 +75,7 @@ def _config(context: LaunchContext) -> SimulatedConfig:
             f"engine knows {_FAULTS} and {_FAULT_ENDPOINT}"
         )
     timings = pool.simulated or SimulatedSpec()
-    limit = context.model.max_model_len_tokens
+    limit = context.max_model_len_tokens
     return SimulatedConfig(
         host=context.host,
         port=context.ports["http"],

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from cluster.topology.schema import SimulatedSpec, Spec
+from cluster.topology.schema import ConnectorName, SimulatedSpec, Spec
 
 KvRole = Literal["kv_both", "kv_producer", "kv_consumer"]
 
@@ -14,7 +14,7 @@ KvRole = Literal["kv_both", "kv_producer", "kv_consumer"]
 class KvConfig(Spec):
     """How this engine exchanges KV blocks with others."""
 
-    dialect: Literal["nixl", "mooncake"]
+    dialect: ConnectorName
     role: KvRole = "kv_both"
     engine_id: str = Field(default="", description="Default: a new one at every start.")
     host: str = "127.0.0.1"

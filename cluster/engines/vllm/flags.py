@@ -49,7 +49,7 @@ def model_flags(context: LaunchContext) -> Flags:
         "quantization": model.quantization,
         "dtype": dtype(model.dtype, context.host_facts),
         "kv-cache-dtype": None if model.kv_cache_dtype == "auto" else model.kv_cache_dtype,
-        "max-model-len": model.max_model_len_tokens,
+        "max-model-len": context.max_model_len_tokens,
         "trust-remote-code": model.trust_remote_code or None,
         "enable-auto-tool-choice": True if model.tool_call_parser else None,
         "tool-call-parser": model.tool_call_parser,
