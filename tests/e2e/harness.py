@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import openai
 import pytest
 import yaml
+from ports import free_port
 
 from cluster.models import store
 from cluster.settings import ClusterPaths
@@ -77,13 +77,6 @@ def prompts() -> list[Prompt]:
         Prompt(name=f"{len(text.split())}-words-{i}", messages=[{"role": "user", "content": text}])
         for i, text in enumerate(short + long)
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def http_json(url: str, body: Any = None, key: str | None = None, timeout_s: float = 300) -> Any:

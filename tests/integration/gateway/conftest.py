@@ -19,6 +19,7 @@ import aiohttp
 import openai
 import pytest
 import uvicorn
+from ports import free_port
 
 from cluster.engines.simulated.config import EventsConfig, KvConfig, SimulatedConfig
 from cluster.gateway.app import create_app
@@ -136,8 +137,8 @@ def engines_in(folder: Path, model_path: str) -> Iterator[StartEngine]:
     def start(
         role: Role = Role.DECODE, dialect: str = "nixl", events: bool = False, **timings: float
     ) -> Engine:
-        bootstrap_port = _free_port() if dialect == "mooncake" else 0
-        events_port = _free_port() if events else 0
+        bootstrap_port = free_port() if dialect == "mooncake" else 0
+        events_port = free_port() if events else 0
         config = SimulatedConfig(
             port=0,
             served_model_name=MODEL,
@@ -191,12 +192,6 @@ def _address(engine: Engine) -> str:
         assert engine.process.poll() is None, text
         assert time.monotonic() < deadline_s, text
         time.sleep(0.02)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import openai
 import psutil
 import pytest
 from gateway_ray_host import ANSWER, Order
+from ports import free_port
 
 from cluster.gateway.auth import hash_key
 from cluster.gateway.config import GatewayConfig
@@ -30,12 +31,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 ROOT = Path(__file__).parents[3]
 TO_THE_END = {"ignore_eos": True}
 MESSAGES = [{"role": "user", "content": "Hello there, how are you today?"}]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Host:
