@@ -79,22 +79,28 @@ class Splice:
 
     def _drop_tokens(self, choice: dict[str, Any]) -> int:
         """Drop what was reported of the first tokens; the number of tokens that stay."""
-        ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
-        per_token = logprobs or {}
-        reported = len(ids or per_token.get("content") or per_token.get("tokens") or ())
-        skip = min(self._skip_tokens, reported)
-        self._skip_tokens -= skip
-        if ids:
-            choice["token_ids"] = ids[skip:]
-        if per_token.get("content"):
-            per_token["content"] = per_token["content"][skip:]
-        for key in _PER_TOKEN:
-            if per_token.get(key):
-                per_token[key] = per_token[key][skip:]
-        if per_token.get("text_offset"):
+        dropped, left = drop_tokens(choice, self._skip_tokens)
+        self._skip_tokens -= dropped
+        offsets = (choice.get("logprobs") or {}).get("text_offset")
+        if offsets:
             shift = self._sent.text_offset
-            per_token["text_offset"] = [offset + shift for offset in per_token["text_offset"]]
-        return reported - skip
+            choice["logprobs"]["text_offset"] = [offset + shift for offset in offsets]
+        return left
+
+
+def drop_tokens(choice: dict[str, Any], most: int) -> tuple[int, int]:
+    """Take the first tokens, at most `most`, out of what `choice` reports per token. How many that
+    were, and how many stay."""
+    ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
+    per_token = logprobs or {}
+    reported = len(ids or per_token.get("content") or per_token.get("tokens") or ())
+    dropped = min(most, reported)
+    if ids:
+        choice["token_ids"] = ids[dropped:]
+    for key in ("content", *_PER_TOKEN):
+        if per_token.get(key):
+            per_token[key] = per_token[key][dropped:]
+    return dropped, reported - dropped
 
 
 def usage_once(usage: dict[str, Any], prompt_tokens: int, sent_tokens: int) -> dict[str, Any]:

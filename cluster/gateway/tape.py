@@ -22,6 +22,7 @@ import orjson
 
 # In JSON a quote inside a string is escaped, so this matches keys only.
 _IDS = re.compile(rb'"(prompt_token_ids|token_ids)":\[([\d,]*)\]')
+_PROMPT_IDS = re.compile(rb'"prompt_token_ids":\[[\d,]*\]')
 _DATA = b"data: "
 _DONE = b"data: [DONE]"
 # Held-back text spans a few tokens (the bytes of one character), far fewer events than this.
@@ -59,21 +60,13 @@ class Tape:
 
     def take(self, piece: bytes) -> bytes:
         """Remember a piece of whole events; what of it the client gets."""
-        parts = _IDS.split(piece)
+        cleaned, ids = strip_ids(piece)
+        self._chunks += ids
         if not self._first:
-            self._first = _IDS.sub(rb'"\1":null', piece.partition(b"\n\n")[0])
-        if len(parts) == 1:
-            self._recent.append(piece)
-            return piece
-        cleaned = [parts[0]]
-        for index in range(1, len(parts), 3):
-            name, ids, after = parts[index : index + 3]
-            if name == b"token_ids" and ids:
-                self._chunks.append(ids)
-            cleaned += (b'"', name, b'":null', after)
+            self._first = cleaned.partition(b"\n\n")[0]
         # Never the prompt's ids: of a long prompt they are megabytes.
-        self._recent.append(piece if b'"prompt_token_ids":[' not in piece else _no_prompt(piece))
-        return piece if self._keeps_ids else b"".join(cleaned)
+        self._recent.append(_PROMPT_IDS.sub(b'"prompt_token_ids":null', piece) if ids else cleaned)
+        return piece if self._keeps_ids else cleaned
 
     def ids(self) -> list[int]:
         """Every output token reported so far."""
@@ -125,6 +118,21 @@ class Tape:
         return None
 
 
+def strip_ids(piece: bytes) -> tuple[bytes, list[bytes]]:
+    """A piece of a stream without token ids, as if they had not been asked for, and the ids of its
+    output tokens, as decimal numbers with commas."""
+    parts = _IDS.split(piece)
+    if len(parts) == 1:
+        return piece, []
+    cleaned, found = [parts[0]], []
+    for index in range(1, len(parts), 3):
+        name, ids, after = parts[index : index + 3]
+        if ids and name == b"token_ids":
+            found.append(ids)
+        cleaned += (b'"', name, b'":null', after)
+    return b"".join(cleaned), found
+
+
 def settle(ids: Sequence[int], text: str, decode: Decode) -> tuple[int, str] | None:
     """How many of `ids` have all their text in `text`, and what of `text` lies beyond them.
 
@@ -143,10 +151,6 @@ def settle(ids: Sequence[int], text: str, decode: Decode) -> tuple[int, str] | N
         if text.startswith(told):
             return kept, text[len(told) :]
     return None
-
-
-def _no_prompt(piece: bytes) -> bytes:
-    return re.sub(rb'"prompt_token_ids":\[[\d,]*\]', b'"prompt_token_ids":null', piece)
 
 
 def _events(piece: bytes) -> list[dict[str, Any] | None]:
