@@ -14,9 +14,9 @@ from cluster.identity import TAKES_WORK, Role, WorkerId, WorkerState
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Everything that must be equal before KV blocks may pass between two engines.
+    """What an engine's KV blocks are, as far as another engine must know before it reads them.
 
-    `block_size_tokens` may differ only where the connector's adapter says so (it never does yet).
+    Whether two of them fit is for `kv.fingerprint` to say.
     """
 
     model: str  # digest of config and weight files, or hub id and revision
@@ -28,6 +28,8 @@ class Fingerprint:
     engine: str
     engine_version: str
     hash_seed: str
+    hardware: str = ""  # as the pool states it; "": not stated
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class WorkerView:
     # What the connector's dialect needs to address this engine, e.g. Mooncake's bootstrap_addr.
     kv: Mapping[str, str | int] = field(default_factory=dict)
     load: Load = field(default_factory=Load)
+    # Work that one replica does beside others; the fastest pool of its side has 1.
+    relative_speed: float = 1.0
 
     @property
     def takes_work(self) -> bool:
@@ -80,6 +84,8 @@ class Snapshot:
     model: str  # the name clients use
     workers: tuple[WorkerView, ...] = ()
     links: tuple[Link, ...] = ()
+    # The longest prompt + answer that any pool is meant to take, whether or not it is up.
+    longest_tokens: int = 0
 
     def worker(self, worker_id: WorkerId) -> WorkerView | None:
         """The worker of exactly this generation, or None."""

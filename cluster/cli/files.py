@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
 
-from cluster.cli import output
+import typer
+
+from cluster.cli import explain_view, output
 from cluster.cli.target import File, Json
+
+Explain = Annotated[
+    bool, typer.Option("--explain", help="Say of each argument and variable where it came from.")
+]
 
 
 def validate(file: File, json: Json = False) -> None:
@@ -44,19 +51,29 @@ def schema() -> None:
     output.print_json(schema_json())
 
 
-def render(file: File, json: Json = False) -> None:
+def render(file: File, json: Json = False, explain: Explain = False) -> None:
     """Print every engine's command, environment and host. Starts nothing; secrets are masked.
 
-    Example: pdcluster render topologies/local-cpu.yaml
+    Example: pdcluster render topologies/local-cpu.yaml --explain
     """
+    from cluster.launcher import explain as explaining
     from cluster.launcher.render import render as render_topology
     from cluster.topology import loader
 
-    rendered = render_topology(loader.load(file))
+    examined = loader.examine(file)
+    rendered = render_topology(examined.topology())
+    if explain:
+        explained = explaining.explain(examined.document, rendered)
+        sources = explaining.sources(examined.document)
+        if json:
+            workers = [asdict(worker) for worker in explained]
+            output.print_json({"workers": workers, "presets": sources})
+            return
+        output.out.print(explain_view.text(explained, sources), markup=False, soft_wrap=True)
+        return
     if json:
         output.print_json({"workers": [asdict(worker) for worker in rendered]})
         return
     for worker in rendered:
-        rank = f", node {worker.node_rank} of the replica" if worker.node_rank else ""
-        output.out.print(f"# {worker.worker} ({worker.role}{rank}) on {worker.host}", markup=False)
+        output.out.print(explain_view.heading(worker), markup=False)
         output.out.print(worker.shell() + "\n", markup=False)

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from cluster.control.state import DesiredState, LinkStatus
+from cluster.identity import Role
 from cluster.kv.fingerprint import differences
 from cluster.snapshot import Link, Load, Snapshot, WorkerView
+from cluster.topology.schema import ServingSpec
 from cluster.workers.report import WorkerReport
 
 
@@ -27,12 +29,44 @@ class Change(enum.IntEnum):
 
 def build(desired: DesiredState, reports: Sequence[WorkerReport], version: int) -> Snapshot:
     """The picture for gateways: every worker that exists, and the links that are open."""
+    speeds = relative_speeds(desired.serving)
     return Snapshot(
         version=version,
         cluster=desired.cluster,
         model=desired.serving.model.public_name,
-        workers=tuple(_view(desired, report) for report in sorted(reports, key=lambda r: r.id)),
+        workers=tuple(
+            _view(desired, report, speeds.get(report.id.pool, 1.0))
+            for report in sorted(reports, key=lambda r: r.id)
+        ),
         links=tuple(state.link for state in links(desired, reports) if state.is_open),
+        longest_tokens=longest_tokens(desired),
+    )
+
+
+def relative_speeds(serving: ServingSpec) -> dict[str, float]:
+    """By pool. The fastest prefill pool has 1, and so has the fastest of the others: routing weighs
+    load against other things in requests, and with speeds of 5,000 and 2,500 (tokens/s, say) load
+    would weigh nothing."""
+    fastest: dict[bool, float] = {}
+    for pool in serving.pools:
+        side = pool.role is Role.PREFILL
+        fastest[side] = max(fastest.get(side, 0.0), pool.relative_speed)
+    return {
+        pool.name: pool.relative_speed / fastest[pool.role is Role.PREFILL]
+        for pool in serving.pools
+    }
+
+
+def longest_tokens(desired: DesiredState) -> int:
+    """The longest prompt + answer that the topology promises. A request for a pool that happens to
+    be down is one to try again, not one that is too long."""
+    return max(
+        (
+            pool.max_model_len_tokens or desired.max_model_len_tokens
+            for pool in desired.serving.pools
+            if pool.role is not Role.PREFILL and pool.replicas.initial > 0
+        ),
+        default=0,
     )
 
 
@@ -55,14 +89,14 @@ def changed(before: Snapshot | None, now: Snapshot) -> Change:
     """What is new in `now`; versions are not compared."""
     if before is None:
         return Change.STRUCTURE
-    if (before.workers, before.links, before.model) == (now.workers, now.links, now.model):
+    if replace(before, version=now.version) == now:
         return Change.NONE
-    if before.links == now.links and _idle(before) == _idle(now):
+    if _idle(before) == replace(_idle(now), version=before.version):
         return Change.LOAD
     return Change.STRUCTURE
 
 
-def _view(desired: DesiredState, report: WorkerReport) -> WorkerView:
+def _view(desired: DesiredState, report: WorkerReport, relative_speed: float) -> WorkerView:
     return WorkerView(
         id=report.id,
         role=report.role,
@@ -74,6 +108,7 @@ def _view(desired: DesiredState, report: WorkerReport) -> WorkerView:
         kv_bytes_per_token=report.kv_bytes_per_token,
         kv=report.kv,
         load=report.load,
+        relative_speed=relative_speed,
     )
 
 
@@ -113,5 +148,7 @@ def _judge(link: Link, by_pool: Mapping[str, Sequence[WorkerReport]]) -> LinkSta
     return LinkStatus(link, is_open=likes > 0 or pairs == 0, mismatches=tuple(mismatches))
 
 
-def _idle(snapshot: Snapshot) -> tuple[WorkerView, ...]:
-    return tuple(replace(view, load=Load()) for view in snapshot.workers)
+def _idle(snapshot: Snapshot) -> Snapshot:
+    """The same without anybody's load."""
+    workers = tuple(replace(view, load=Load()) for view in snapshot.workers)
+    return replace(snapshot, workers=workers)

@@ -8,10 +8,11 @@ ClusterStatus is made anew for whoever asks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from cluster.control.events import Recorded
+from cluster.control.events import Told
 from cluster.identity import Role, WorkerId
 from cluster.snapshot import Link
 from cluster.topology.schema import PoolSpec, ServingSpec, SimulatedSpec
@@ -44,13 +45,18 @@ class DesiredState(BaseModel):
     def worker_spec(self, worker: WorkerId, engine_key: str) -> WorkerSpec:
         """What rank 0 of a new generation is told. Raises: KeyError: there is no such pool."""
         pool = self.serving.pool(worker.pool)
+        model = self.serving.model_of(worker.pool)
+        path, digest = self.model_path, self.model_digest
+        if model.id != self.serving.model.id:
+            # Looked for on the pool's own nodes, by its engine.
+            path, digest = model.id, f"id:{model.id}@{model.revision or 'main'}"
         return WorkerSpec(
             cluster=self.cluster,
             id=worker,
             role=pool.role,
-            model=self.serving.model,
-            model_path=self.model_path,
-            model_digest=self.model_digest,
+            model=model,
+            model_path=path,
+            model_digest=digest,
             max_model_len_tokens=pool.max_model_len_tokens or self.max_model_len_tokens,
             kv_bytes_per_token=self.kv_bytes_per_token_of(pool),
             pool=pool,
@@ -94,6 +100,15 @@ class LinkStatus:
     mismatches: tuple[str, ...] = ()  # plain sentences, one per pair of unlike workers
 
 
+class LogWindow(NamedTuple):
+    """A piece of an engine's log, where the next one begins, and whose log it is: the offsets of
+    another generation are another file's."""
+
+    data: bytes
+    next_offset: int
+    generation: int
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
     """The cluster as its controller sees it at this moment."""
@@ -106,4 +121,4 @@ class ClusterStatus:
     workers: tuple[WorkerReport, ...]
     failed: tuple[FailedSlot, ...]
     links: tuple[LinkStatus, ...]
-    events: tuple[Recorded, ...]  # newest last
+    events: tuple[Told, ...]  # newest last

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from cluster.identity import Role, WorkerId
 from cluster.topology.schema import IslandSpec, ModelSpec, PoolSpec
@@ -28,10 +28,13 @@ class HostFacts:
 
 @dataclass(frozen=True, slots=True)
 class PortNeed:
-    """`span` consecutive ports under one name; the first is the one in `LaunchContext.ports`."""
+    """`span` consecutive ports under one name; the first is the one in `LaunchContext.ports`.
+
+    `window`: where they must lie; None: wherever the node has room for engines."""
 
     name: str
     span: int = 1
+    window: range | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +72,29 @@ class Launch:
     """What to run. `secret_env` is merged into `env` at exec time and never printed.
 
     `origins` says where each flag (`--max-num-seqs`) and variable came from: a key of the serving
-    half relative to the pool or model (`pool.max_num_seqs`, `pool.engine_args.x`, `model.dtype`),
-    or a sentence of the adapter why it is set. What is not in it, the adapter sets for itself."""
+    half relative to the pool, model or island (`pool.max_num_seqs`, `pool.engine_args.x`,
+    `model.dtype`, `island.lease_s`), or a sentence of the adapter why it is set. What is not in
+    it, the adapter sets for itself.
+
+    `secret_files`: texts by name, for engines that read a secret from a file only. Each is in the
+    worker's runtime folder before the start, readable by its user alone, and is never printed."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     secret_env: Mapping[str, str] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
+    secret_files: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """How a running engine is asked how it is: paths on its HTTP port, and what its one-token
+    generation needs besides model and prompt."""
+
+    health: str = "/health"
+    metrics: str = "/metrics"
+    version: str = "/version"  # "": the engine does not tell
+    one_token: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +111,7 @@ class MetricNames:
     spec_accepted: str = ""
     external_tokens: str = ""
     steps: str = ""
+    block_size: str = ""  # gauge with the tokens of a KV block, where no info series has them
 
 
 class EngineAdapter(Protocol):
@@ -106,6 +126,10 @@ class EngineAdapter(Protocol):
 
     def launch(self, context: LaunchContext) -> Launch:
         """The exact command and environment. Raises: InvalidInput if the pool cannot work."""
+        ...
+
+    def probes(self, context: LaunchContext) -> Probes:
+        """How to ask the engine that `launch` starts."""
         ...
 
     def kv_address(self, context: LaunchContext) -> Mapping[str, str | int]:

@@ -13,7 +13,7 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from cluster.engines.base import MetricNames
+from cluster.engines.base import MetricNames, Probes
 from cluster.errors import EngineFailed
 
 
@@ -35,27 +35,37 @@ class EngineSample:
 
 
 class EngineClient:
-    """`session` stays the caller's; timeouts are the session's too unless stated.
+    """`session` stays the caller's; timeouts are the session's too unless stated. `probes`: where
+    this engine is to be asked; vLLM's places by default.
 
     Every method is safe to cancel.
     """
 
-    def __init__(self, url: str, key: str, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, url: str, key: str, session: aiohttp.ClientSession, probes: Probes | None = None
+    ) -> None:
         self._url = url.rstrip("/")
+        self._probes = probes or Probes()
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._session = session
 
     async def is_up(self) -> bool:
-        """Whether /health answers 200. Says nothing about tokens: see `generate_one`."""
+        """Whether the health path answers 200. Says nothing about tokens: see `generate_one`."""
         try:
-            async with self._session.get(f"{self._url}/health") as answer:
+            async with self._session.get(f"{self._url}{self._probes.health}") as answer:
                 return answer.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
 
     async def generate_one(self, model: str) -> None:
         """One real token out of the model. Raises: EngineFailed."""
-        body = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0}
+        body = {
+            "model": model,
+            "prompt": "1",
+            "max_tokens": 1,
+            "temperature": 0,
+            **self._probes.one_token,
+        }
         try:
             async with self._session.post(
                 f"{self._url}/v1/completions", json=body, headers=self._headers
@@ -73,9 +83,10 @@ class EngineClient:
             raise EngineFailed(self._url, 200, f"asked for 1 token, got {made}")
 
     async def sample(self, names: MetricNames) -> EngineSample:
-        """Scrape /metrics. Raises: EngineFailed."""
+        """Scrape the engine's metrics. Raises: EngineFailed."""
+        path = self._probes.metrics
         try:
-            async with self._session.get(f"{self._url}/metrics") as answer:
+            async with self._session.get(f"{self._url}{path}") as answer:
                 text = await answer.text()
                 if answer.status != 200:
                     raise EngineFailed(self._url, answer.status, text[:500])
@@ -84,21 +95,22 @@ class EngineClient:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._broke_off(error) from error
         except ValueError as error:
-            raise EngineFailed(
-                self._url, 200, f"/metrics is not Prometheus text: {error}"
-            ) from error
+            raise EngineFailed(self._url, 200, f"{path} is not Prometheus text: {error}") from error
 
     async def version(self) -> str:
-        """The engine's own version. Raises: EngineFailed."""
+        """The engine's own version; "" if it does not tell. Raises: EngineFailed."""
+        path = self._probes.version
+        if not path:
+            return ""
         try:
-            async with self._session.get(f"{self._url}/version") as answer:
+            async with self._session.get(f"{self._url}{path}", headers=self._headers) as answer:
                 if answer.status != 200:
                     raise EngineFailed(self._url, answer.status, (await answer.text())[:500])
                 return str((await answer.json(content_type=None))["version"])
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._broke_off(error) from error
         except (KeyError, TypeError, ValueError) as error:
-            raise EngineFailed(self._url, 200, f"/version is not understood: {error!r}") from error
+            raise EngineFailed(self._url, 200, f"{path} is not understood: {error!r}") from error
 
     def _broke_off(self, error: Exception) -> EngineFailed:
         return EngineFailed(self._url, None, str(error) or type(error).__name__)
@@ -121,6 +133,9 @@ def parse_sample(text: str, names: MetricNames) -> EngineSample:
     def total(name: str) -> int:
         return int(sum(sample.value for sample in found[name]))
 
+    def largest(name: str) -> int:
+        return int(max((sample.value for sample in found[name]), default=0.0))
+
     cache = found[names.cache_info]
     labels = cache[0].labels if cache else {}
     return EngineSample(
@@ -133,6 +148,6 @@ def parse_sample(text: str, names: MetricNames) -> EngineSample:
         spec_drafts=total(names.spec_drafts),
         spec_accepted=total(names.spec_accepted),
         steps=total(names.steps),
-        block_size_tokens=int(labels.get("block_size") or 0),
+        block_size_tokens=int(labels.get("block_size") or 0) or largest(names.block_size),
         cache_dtype=labels.get("cache_dtype", ""),
     )

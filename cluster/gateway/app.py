@@ -25,6 +25,7 @@ from cluster.gateway.cutoff import Cutoff, DeadlinePassed
 from cluster.gateway.engines import Engines
 from cluster.gateway.exchange import Exchange, Parts
 from cluster.gateway.fleet import Fleet
+from cluster.gateway.metaserver import Metaserver
 from cluster.gateway.render import Renderer
 from cluster.gateway.requests import Endpoint
 from cluster.gateway.route import can_route
@@ -56,15 +57,25 @@ class Call:
     responder: Responder
 
 
-def create_app(config: GatewayConfig, source: SnapshotSource, releaser: Releaser) -> Gateway:
-    """An ASGI 3 callable with lifespan. Nothing runs before its lifespan starts."""
-    return Gateway(config, source, releaser)
+def create_app(
+    config: GatewayConfig,
+    source: SnapshotSource,
+    releaser: Releaser,
+    node_address: str = "127.0.0.1",
+) -> Gateway:
+    """An ASGI 3 callable with lifespan. Nothing runs before its lifespan starts.
+
+    `node_address`: where engines reach this node, for connectors whose decode engine calls back.
+    """
+    return Gateway(config, source, releaser, node_address)
 
 
 class Gateway:
     """See `create_app`."""
 
-    def __init__(self, config: GatewayConfig, source: SnapshotSource, releaser: Releaser) -> None:
+    def __init__(
+        self, config: GatewayConfig, source: SnapshotSource, releaser: Releaser, node_address: str
+    ) -> None:
         self._config = config
         self._source = source
         self._metrics = GatewayMetrics()
@@ -86,6 +97,7 @@ class Gateway:
             ),
             engines=engines,
             coordinator=Coordinator(releaser, KvMetrics(self._metrics.registry), monotonic),
+            metaserver=Metaserver(node_address),
             metrics=self._metrics,
         )
         self._ids = RequestIds()
@@ -248,6 +260,7 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await kv_events.close()
+        await self._parts.metaserver.close()
         await self._parts.coordinator.close()
         await self._upstream.close()
         await send({"type": "lifespan.shutdown.complete"})
@@ -264,7 +277,7 @@ class Gateway:
     async def _check_renderer(self) -> None:
         """Ask an engine as soon as there is one."""
         while True:
-            while not self._fleet.table.longest_tokens:
+            while not self._fleet.table.longest_ready_tokens:
                 await self._fleet.changed()
             try:
                 await self._parts.renderer.check()

@@ -22,6 +22,7 @@ class GatewayConfig:
     limits: LimitsSpec = field(default_factory=LimitsSpec)
     prefill_attempts: int = 2
     local_prefill_below_tokens: int = 0
+    has_reasoning_parser: bool = False  # in the engines of any pool
 
     @property
     def max_body_bytes(self) -> int:
@@ -49,4 +50,7 @@ class GatewayConfig:
             limits=gateway.limits,
             prefill_attempts=gateway.prefill_attempts,
             local_prefill_below_tokens=gateway.local_prefill_below_tokens,
+            has_reasoning_parser=any(
+                serving.model_of(pool.name).reasoning_parser for pool in serving.pools
+            ),
         )

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from cluster.errors import EngineFailed
+from cluster.gateway import bodies
 from cluster.gateway.errors import Rejected
 from cluster.gateway.fleet import Fleet
 from cluster.gateway.render import CannotRender
@@ -24,8 +25,7 @@ _NOT_THE_CLIENTS_FAULT = frozenset({401, 403, 407, 408, 429})
 # vLLM answers 403 where an endpoint is switched off.
 _NO_SUCH_ENDPOINT = frozenset({403, 404, 405, 501})
 _EXCERPT_CHARACTERS = 300
-# What a request for a single throw-away token carries over from the client's request.
-_SHARED_FIELDS = ("cache_salt", "priority")
+_ERROR_EVENT = b'data: {"error"'
 
 
 class Engines:
@@ -40,30 +40,30 @@ class Engines:
         self,
         worker: WorkerView,
         prompt_ids: Sequence[int],
-        kv_transfer_params: Mapping[str, Any],
+        fields: Mapping[str, Any],
         client_body: Mapping[str, Any],
         request_id: str,
     ) -> dict[str, Any]:
-        """Let `worker` compute (or pull) a prompt's KV blocks by asking for one token.
+        """Let `worker` compute (or take) a prompt's KV blocks by asking for one token.
 
-        Returns the engine's parsed answer. Raises: EngineFailed, Rejected.
+        `fields`: of the connector's dialect. Returns the engine's parsed answer.
+        Raises: EngineFailed, Rejected.
         """
-        body: dict[str, Any] = {
-            "model": self._model,
-            "prompt": prompt_ids,
-            "max_tokens": 1,
-            # A request that ends before its length limit keeps no blocks for a peer.
-            "min_tokens": 1,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": False,
-            "kv_transfer_params": kv_transfer_params,
-        }
-        for field in _SHARED_FIELDS:
-            if client_body.get(field) is not None:
-                body[field] = client_body[field]
+        body = bodies.one_token(self._model, prompt_ids, fields, client_body)
         answer = await self.ask(worker, Endpoint.COMPLETIONS, orjson.dumps(body), request_id)
         return _json_object(worker, answer)
+
+    async def run(self, worker: WorkerView, path: str, body: bytes, request_id: str) -> None:
+        """A request whose answer nobody needs, streamed or not, to its end.
+
+        Raises: EngineFailed, Rejected.
+        """
+        async with await self.open(worker, path, body, request_id) as response:
+            piece = await next_piece(worker, response)
+            if piece.startswith(_ERROR_EVENT):
+                raise early_error(worker, piece)
+            while piece:
+                piece = await next_piece(worker, response)
 
     async def open(
         self, worker: WorkerView, path: str, body: bytes, request_id: str
@@ -111,12 +111,37 @@ async def read(worker: WorkerView, response: UpstreamResponse) -> bytes:
         raise EngineFailed(worker.id.name, None, str(error)) from error
 
 
+async def first_piece(worker: WorkerView, response: UpstreamResponse) -> bytes:
+    """The beginning of a stream; never b"".
+
+    Raises: EngineFailed, Rejected, also where the stream begins with the engine's error."""
+    piece = await next_piece(worker, response)
+    if not piece:
+        raise EngineFailed(worker.id.name, None, "its stream ended before the first token")
+    if piece.startswith(_ERROR_EVENT):
+        raise early_error(worker, piece)
+    return piece
+
+
 async def next_piece(worker: WorkerView, response: UpstreamResponse) -> bytes:
     """What has arrived; b"" at the end. Raises: EngineFailed."""
     try:
         return await response.next_piece()
     except UpstreamLost as error:
         raise EngineFailed(worker.id.name, None, str(error)) from error
+
+
+def early_error(worker: WorkerView, piece: bytes) -> EngineFailed | Rejected:
+    """An engine reports an error as the first event of a stream: nothing was sent yet, so it can
+    still be told, or made good, the right way."""
+    event = piece.partition(b"\n\n")[0].removeprefix(b"data: ")
+    try:
+        status = int(orjson.loads(event)["error"]["code"])
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        status = 500
+    if 400 <= status < 500:
+        return Rejected(status, event, b"application/json")
+    return EngineFailed(worker.id.name, status, excerpt(event))
 
 
 async def _failure(worker: WorkerView, response: UpstreamResponse) -> EngineFailed | Rejected:

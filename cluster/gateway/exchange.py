@@ -1,41 +1,49 @@
 """One request, from validated body to last byte.
 
-Render, route, prefill, decode, pass bytes on. Until the first byte has gone to the client any
-failure of an engine leads to another pair (`recovery`); after it, the stream ends with an error
-event, truthfully. Bytes of a stream are not parsed: only cut at event boundaries, so that what
-follows a broken event is still readable.
+Render, route, bring the prompt's blocks to decode (`orders`), pass its answer on (`answer`). A
+failure of an engine leads to another pair (`recovery`), also in the middle of an answer where the
+rest is certain to be what an undisturbed run would have said (`course`). Else the stream ends with
+an error event, truthfully.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import orjson
 
-from cluster.errors import EngineFailed, KvMismatch, PeerGone
-from cluster.gateway import errors, recovery
+from cluster.errors import EngineFailed, KvMismatch, NoCapacity, PeerGone
+from cluster.gateway import bodies, errors, recovery
+from cluster.gateway.answer import Answer, HandedBack
 from cluster.gateway.config import GatewayConfig
-from cluster.gateway.engines import Engines, excerpt, next_piece, read
+from cluster.gateway.course import Course, Way
+from cluster.gateway.engines import Engines
 from cluster.gateway.fleet import Fleet
+from cluster.gateway.metaserver import Metaserver
+from cluster.gateway.orders import KINDS, DecodeCall, Passage, PrefillCall
 from cluster.gateway.plan import Flow, Plan, plan
 from cluster.gateway.recovery import Stage, Tries
 from cluster.gateway.render import CannotRender, Renderer
-from cluster.gateway.requests import Endpoint, GatewayRequest
+from cluster.gateway.requests import GatewayRequest
 from cluster.gateway.route import Facts, Route
-from cluster.gateway.upstream import UpstreamResponse
 from cluster.gateway.wire import Responder
-from cluster.kv.coordinator import Coordinator, Transfer
+from cluster.kv.coordinator import Coordinator
+from cluster.kv.dialects import ORDERS, Fields, Order
 from cluster.observe.gateway_metrics import GatewayMetrics
+from cluster.snapshot import WorkerView
 
 log = logging.getLogger(__name__)
 
-_ERROR_EVENT = b'data: {"error"'
+T = TypeVar("T")
 # Prompts of one request that are prefilled and pulled at the same time.
 _STAGED_AT_ONCE = 4
+# An engine that is short of KV blocks may give a request back again and again.
+_MOST_HANDED_BACK = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,7 @@ class Parts:
     renderer: Renderer
     engines: Engines
     coordinator: Coordinator
+    metaserver: Metaserver
     metrics: GatewayMetrics
 
 
@@ -66,43 +75,83 @@ class Exchange:
         self._out = responder
         self._id = engine_request_id
         self._deadline_at = deadline_at
-        self._began_at = asyncio.get_running_loop().time()
+        skips = request.body.get("skip_special_tokens") is not False
+        self._answer = Answer(
+            parts.engines,
+            parts.metrics,
+            request,
+            responder,
+            asyncio.get_running_loop().time(),
+            lambda ids: parts.renderer.decode(ids, skips),
+        )
         self._plan: Plan = plan(request)
         self._tries = Tries(parts.config.prefill_attempts)
+        self._handed_back = 0
 
     async def run(self) -> None:
         """Raises, with nothing or a part of a stream sent: EngineFailed, NoCapacity, Rejected,
         ApiError."""
         prompts = await self._render()
-        facts = self._facts(prompts)
+        self._course = Course(
+            self._request,
+            prompts[0] if self._plan.flow is Flow.DISAGGREGATE else None,
+            self._parts.config.has_reasoning_parser,
+        )
         fleet = self._parts.fleet
-        look_up = prompts[0] if len(prompts) == 1 and self._request.cache_salt is None else ()
-        number = 0
-        while True:
-            route, held_tokens = fleet.choose(
-                facts,
-                look_up,
-                self._tries.excluded,
-                self._tries.why,
-                self._tries.may_prefill_elsewhere,
-            )
+        salted = self._request.cache_salt is not None
+        facts = self._facts(prompts)
+        failure: EngineFailed | None = None
+        for number in itertools.count():
+            look_up = prompts[0] if len(prompts) == 1 and not salted else ()
+            try:
+                route, held_tokens = fleet.choose(
+                    facts,
+                    look_up,
+                    self._tries.excluded,
+                    self._tries.why,
+                    self._tries.may_prefill_elsewhere,
+                )
+            except NoCapacity as nobody:
+                if failure is None or not self._out.is_started:
+                    raise
+                why = f"{failure.why}; nobody else can go on with the answer: {nobody}"
+                raise EngineFailed(failure.worker, failure.status, why) from failure
             self._name_route(route)
             try:
                 with fleet.busy(route.decode.id):
                     await self._attempt(route, prompts, f"{self._id}.{number}")
                 self._parts.metrics.finished(route.why, facts.prompt_tokens, held_tokens)
                 return
+            except HandedBack as stop:
+                self._handed_back += 1
+                self._may_go_on(stop, "recomputed", self._handed_back < _MOST_HANDED_BACK)
             except (EngineFailed, KvMismatch, PeerGone) as error:
                 failure, stage = _blame(error, route)
                 self._mark(route, stage)
-                if self._out.is_started:
-                    raise failure from error
                 self._tries = recovery.after(self._tries, route, stage, failure)
                 self._parts.metrics.retries.labels(self._tries.why).inc()
                 log.warning("%s failed over why=%s: %s", self._id, self._tries.why, failure)
-                if not self._tries.may_go_on:
-                    raise failure from error
-            number += 1
+                self._may_go_on(failure, "failed", self._tries.may_go_on)
+            if self._course.ending is not None:
+                await self._out.end(self._course.ending)
+                return
+            resumed = self._course.prompt_ids()
+            if resumed is not None:
+                prompts = [resumed]
+                facts = self._facts(prompts)
+
+    def _may_go_on(self, failure: EngineFailed, cause: str, is_in_bounds: bool) -> None:
+        """Prepare the course for another engine. Raises: `failure`, if there may be none."""
+        course = self._course
+        if not is_in_bounds:
+            raise failure
+        if self._out.is_started:
+            why_not = course.interrupted(self._answer.decode)
+            if why_not:
+                why = f"{failure.why}; the answer cannot go on elsewhere: {why_not}"
+                raise EngineFailed(failure.worker, failure.status, why)
+        if self._out.is_started or course.kept_tokens:
+            self._parts.metrics.recoveries.labels(course.way.value, cause).inc()
 
     # Prompt
 
@@ -126,56 +175,72 @@ class Exchange:
     def _facts(self, prompts: list[list[int]]) -> Facts:
         return Facts(
             prompt_tokens=max((len(ids) for ids in prompts), default=0),
-            answer_tokens=self._request.answer_tokens or 0,
+            answer_tokens=max(0, (self._request.answer_tokens or 0) - self._course.kept_tokens),
             alone=self._plan.why if self._plan.flow is Flow.ALONE else "",
         )
 
     # One pair
 
     async def _attempt(self, route: Route, prompts: list[list[int]], attempt_id: str) -> None:
-        if route.prefill is None:
-            await self._decode(route, self._decode_body(prompts, {}), attempt_id, None)
-        elif self._plan.flow is Flow.STAGE:
-            await self._stage_prompts(route, prompts, attempt_id)
-            await self._decode(route, orjson.dumps(self._request.body), attempt_id, None)
-        else:
-            transfer = await self._prefill(route, prompts[0], attempt_id)
-            try:
-                body = self._decode_body(prompts, await transfer.decode_params())
-                await self._decode(route, body, attempt_id, transfer)
-            finally:
-                transfer.abandon("the decode call ended before its first byte")
-
-    async def _prefill(self, route: Route, prompt_ids: list[int], request_id: str) -> Transfer:
-        """Compute the prompt on `route.prefill`. Whoever gets the transfer must end it."""
-        assert route.prefill is not None
-        assert route.link is not None
-        prefill = route.prefill
-        transfer = self._parts.coordinator.begin(
-            request_id, prompt_ids, prefill, route.decode, route.link
-        )
-        left_s = self._deadline_at - asyncio.get_running_loop().time()
-        budget_s = recovery.attempt_budget_s(left_s, self._tries)
+        passage: Passage[None] | None = None
         try:
-            async with asyncio.timeout(budget_s):
-                with self._parts.fleet.busy(prefill.id):
-                    answer = await self._parts.engines.compute_prompt(
-                        prefill,
-                        prompt_ids,
-                        await transfer.prefill_params(),
-                        self._request.body,
-                        request_id,
-                    )
-            transfer.prefilled(answer)
-        except TimeoutError:
-            transfer.abandon("prefill timed out")
-            raise EngineFailed(
-                prefill.id.name, None, f"prefill took longer than {budget_s:.1f} s"
-            ) from None
-        except BaseException as error:
-            transfer.abandon(f"prefill ended with {type(error).__name__}")
-            raise
-        return transfer
+            if route.prefill is not None and _goes_together(route):
+                self._check_takes_text(route)
+                # Each engine makes the prompt's ids itself, and as many answers as are wanted.
+                passage = self._passage_of_answer(route, None, attempt_id)
+            elif route.prefill is not None and self._plan.flow is Flow.DISAGGREGATE:
+                passage = self._passage_of_answer(route, prompts[0], attempt_id)
+            if passage is not None:
+                await passage.begin()
+            else:
+                if route.prefill is not None:
+                    await self._stage_prompts(route, prompts, attempt_id)
+                prompt_ids = prompts[0] if self._plan.flow is Flow.DISAGGREGATE else None
+                request = self._request_to(route.decode)
+                body = bodies.answering(request, prompt_ids, {})
+                await self._answer.begin(route.decode, body, attempt_id)
+            await self._answer.pass_on(self._course)
+        finally:
+            if passage is not None:
+                await passage.close(self._answer.close)
+            else:
+                self._answer.close()
+
+    def _passage_of_answer(
+        self, route: Route, prompt_ids: list[int] | None, attempt_id: str
+    ) -> Passage[None]:
+        """Blocks from one engine, the answer to the client from the other."""
+        engines, request = self._parts.engines, self._request_to(route.decode)
+        prefill = route.prefill
+        assert prefill is not None
+
+        async def call_prefill(order: Order, fields: Fields) -> Mapping[str, Any]:
+            if order is Order.PREFILL_FIRST and prompt_ids is not None:
+                return await engines.compute_prompt(
+                    prefill, prompt_ids, fields, request.body, attempt_id
+                )
+            body = bodies.answering(request, prompt_ids, fields)
+            if order is Order.DECODE_FIRST:
+                body = bodies.prefilling(body)
+            await engines.run(prefill, request.endpoint, orjson.dumps(body), attempt_id)
+            return {}
+
+        async def call_decode(fields: Fields) -> None:
+            body = bodies.answering(request, prompt_ids, fields)
+            await self._answer.begin(route.decode, body, attempt_id)
+
+        return self._passage(route, prompt_ids or (), attempt_id, call_prefill, call_decode)
+
+    def _request_to(self, decode: WorkerView) -> GatewayRequest:
+        """The client's request, less what other engines have answered of it."""
+        return replace(self._request, body=self._course.body(decode))
+
+    def _check_takes_text(self, route: Route) -> None:
+        """Raises: EngineFailed: these engines make ids of the client's prompt, and cannot be given
+        the tokens that were sent."""
+        if self._course.way is Way.CONTINUE and self._course.kept_tokens:
+            why = "its island takes no token ids, so it cannot go on with a broken answer"
+            raise EngineFailed(route.decode.id.name, None, why)
 
     async def _stage_prompts(self, route: Route, prompts: list[list[int]], attempt_id: str) -> None:
         """Bring each prompt's blocks into the decode worker's prefix cache."""
@@ -183,18 +248,11 @@ class Exchange:
 
         async def stage(prompt_ids: list[int], request_id: str) -> None:
             async with places:
-                transfer = await self._prefill(route, prompt_ids, request_id)
+                passage = self._passage_of_prompt(route, prompt_ids, request_id)
                 try:
-                    await self._parts.engines.compute_prompt(
-                        route.decode,
-                        prompt_ids,
-                        await transfer.decode_params(),
-                        self._request.body,
-                        request_id,
-                    )
-                    transfer.finish()
+                    await passage.begin()
                 finally:
-                    transfer.abandon("the pull ended without an answer")
+                    await passage.close(_nothing_to_close)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -205,70 +263,43 @@ class Exchange:
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
 
-    def _decode_body(self, prompts: list[list[int]], params: Mapping[str, Any]) -> bytes:
-        """The client's own request, with ids in place of what they were made from."""
-        body = self._request.body
-        if self._plan.flow is not Flow.DISAGGREGATE:
-            return orjson.dumps(body)
-        if self._request.endpoint is Endpoint.CHAT:
-            return orjson.dumps(
-                {**body, "kv_transfer_params": {**params, "prompt_token_ids": prompts[0]}}
-            )
-        changed = {**body, "prompt": prompts[0]}
-        if params:
-            changed["kv_transfer_params"] = params
-        return orjson.dumps(changed)
+    def _passage_of_prompt(
+        self, route: Route, prompt_ids: list[int], request_id: str
+    ) -> Passage[Mapping[str, Any]]:
+        """Blocks from one engine to the other, and no answer."""
+        engines, body = self._parts.engines, self._request.body
+        prefill = route.prefill
+        assert prefill is not None
 
-    # Answer
+        async def call_prefill(order: Order, fields: Fields) -> Mapping[str, Any]:
+            return await engines.compute_prompt(prefill, prompt_ids, fields, body, request_id)
 
-    async def _decode(
-        self, route: Route, body: bytes, request_id: str, transfer: Transfer | None
-    ) -> None:
-        response = await self._parts.engines.open(
-            route.decode, self._request.endpoint, body, request_id
-        )
-        async with response:
-            content_type = response.headers.get(b"content-type", b"application/json")
-            headers = [(b"content-type", content_type)]
-            if self._request.is_stream:
-                await self._stream(route, response, headers, transfer)
-                return
-            answer = await read(route.decode, response)
-            if transfer is not None:
-                transfer.finish()
-            await self._out.whole(200, answer, headers)
+        async def call_decode(fields: Fields) -> Mapping[str, Any]:
+            return await engines.compute_prompt(route.decode, prompt_ids, fields, body, request_id)
 
-    async def _stream(
+        return self._passage(route, prompt_ids, request_id, call_prefill, call_decode)
+
+    def _passage(
         self,
         route: Route,
-        response: UpstreamResponse,
-        headers: errors.Headers,
-        transfer: Transfer | None,
-    ) -> None:
-        decode = route.decode
-        piece = await next_piece(decode, response)
-        if not piece:
-            raise EngineFailed(decode.id.name, None, "its stream ended before the first token")
-        if piece.startswith(_ERROR_EVENT):
-            _raise_early_error(decode.id.name, piece)
-        if transfer is not None:
-            transfer.finish()
-        clock = asyncio.get_running_loop().time
-        first_at = clock()
-        self._parts.metrics.ttft_s.observe(first_at - self._began_at)
-        await self._out.begin_events(200, headers)
-        rest = b""
-        gaps = 0
-        while piece:
-            if rest or not piece.endswith(b"\n\n"):
-                piece, rest = _whole_events(rest + piece)
-            if piece:
-                await self._out.piece(piece)
-            piece = await next_piece(decode, response)
-            gaps += 1
-        if gaps > 1:
-            self._parts.metrics.itl_s.observe((clock() - first_at) / gaps)
-        await self._out.end(rest)
+        prompt_ids: Sequence[int],
+        request_id: str,
+        call_prefill: PrefillCall,
+        call_decode: DecodeCall[T],
+    ) -> Passage[T]:
+        assert route.prefill is not None
+        assert route.link is not None
+        parts = self._parts
+        transfer = parts.coordinator.begin(
+            request_id, prompt_ids, route.prefill, route.decode, route.link
+        )
+        left_s = self._deadline_at - asyncio.get_running_loop().time()
+        budget_s = recovery.attempt_budget_s(left_s, self._tries)
+        return KINDS[transfer.order](
+            transfer, parts.fleet, parts.metaserver, budget_s, call_prefill, call_decode
+        )
+
+    # What is said of it
 
     def _name_route(self, route: Route) -> None:
         prefill = route.prefill.id.name if route.prefill is not None else "none"
@@ -286,22 +317,12 @@ class Exchange:
         self._parts.metrics.engine_failures.labels(failed.id.pool, stage.value).inc()
 
 
-def _whole_events(data: bytes) -> tuple[bytes, bytes]:
-    cut = data.rfind(b"\n\n") + 2
-    return (b"", data) if cut == 1 else (data[:cut], data[cut:])
+def _goes_together(route: Route) -> bool:
+    return route.link is not None and ORDERS[route.link.connector] is Order.TOGETHER
 
 
-def _raise_early_error(worker: str, piece: bytes) -> None:
-    """An engine reports an error as the first event of a stream: nothing was sent yet, so it can
-    still be told, or made good, the right way. Raises: EngineFailed, Rejected."""
-    event = piece.partition(b"\n\n")[0].removeprefix(b"data: ")
-    try:
-        status = int(orjson.loads(event)["error"]["code"])
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
-        status = 500
-    if 400 <= status < 500:
-        raise errors.Rejected(status, event, b"application/json")
-    raise EngineFailed(worker, status, excerpt(event))
+def _nothing_to_close() -> None:
+    """A call for a single token closes itself."""
 
 
 def _blame(error: EngineFailed | KvMismatch | PeerGone, route: Route) -> tuple[EngineFailed, Stage]:

@@ -273,7 +273,15 @@ def _serve_app(cluster: str) -> str:
 
 
 def _app(config: GatewayConfig) -> Gateway:
-    return create_app(config, ControllerSource(config.cluster), RayReleaser(config.cluster))
+    import ray
+
+    return create_app(
+        config,
+        ControllerSource(config.cluster),
+        RayReleaser(config.cluster),
+        # As workers are reached: loopback where Ray was started on loopback.
+        ray.util.get_node_ip_address(),
+    )
 
 
 def _digest(config: GatewayConfig) -> str:

@@ -3,7 +3,9 @@
 A prefill worker that fails is left out. A decode worker that answers a server error to a request
 whose blocks it was to pull has most likely failed to pull them: then the prefill worker is left
 out first, and only an error without any pull counts against decode. After `prefill_attempts`
-prefill workers, the island's policy decides (`route.choose` applies it).
+prefill workers, the island's policy decides (`route.choose` applies it). While another island can
+serve the request, `route.choose` keeps away from the whole island of a worker that is left out:
+power and switches fail by the rack, and tries are few.
 """
 
 from __future__ import annotations

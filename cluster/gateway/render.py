@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,6 +135,10 @@ class Renderer:
         except NotCovered as reason:
             self._count_ask(str(reason))
         return await self._engine.render(request.endpoint, request.body)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of an answer's ids; "" for all of them where there is no tokenizer here."""
+        return "" if self._local is None else self._local.decode(ids, skip_special_tokens)
 
     async def check(self) -> None:
         """Compare with an engine; sets `trust`. Raises: EngineFailed, NoCapacity: ask later."""

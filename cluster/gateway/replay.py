@@ -72,7 +72,6 @@ class Replay:
         self._ids = script.ids()
         self._left = dict(script.lengths)
         self._seen_tokens = 0
-        self._keeps_ids = script._keeps_ids
         self._worker = worker
 
     def piece(self, piece: bytes) -> bytes:
@@ -106,8 +105,6 @@ class Replay:
         drop_tokens(choice, len(known))
         if choice.get("prompt_token_ids"):
             choice["prompt_token_ids"] = None
-        if not self._keeps_ids and "token_ids" in choice:
-            choice["token_ids"] = None
         has_text = self._cut(choice)
         return is_new or has_text
 

@@ -25,7 +25,13 @@ class Endpoint(enum.StrEnum):
 
 
 # Only gateways may say where KV blocks are: a client that could would read other clients' prompts.
-_OURS_TO_SAY = ("kv_transfer_params", "ec_transfer_params")
+_OURS_TO_SAY = (
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+)
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 

@@ -9,7 +9,7 @@ answers before it is trusted.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -109,6 +109,10 @@ class ModelTemplates:
             raise
         except Exception as error:  # tokenizers raises bare Exception
             raise NotCovered("unreadable-tokenizer") from error
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of `ids`, as an engine tells it."""
+        return self._encoder.decode(ids, skip_special_tokens)
 
     def encode(self, text: str, add_special_tokens: bool, may_remember: bool = True) -> list[int]:
         """Token ids; other Python threads run meanwhile."""

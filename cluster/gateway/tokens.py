@@ -16,6 +16,7 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import tokenizers
 
@@ -56,6 +57,11 @@ class Encoder:
         if add_special_tokens or not self.remembers or not may_remember:
             return self._whole(text, add_special_tokens)
         return self._by_stretches(text)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`, as an engine tells it."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
 
     def _whole(self, text: str, add_special_tokens: bool = False) -> list[int]:
         ids: list[int] = self._tokenizer.encode_batch_fast(

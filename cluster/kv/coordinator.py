@@ -3,13 +3,17 @@
 Called by the gateway, in this order:
 
     transfer = coordinator.begin(...)            OFFERED
-    params = await transfer.prefill_params()     for the prefill call
-    transfer.prefilled(answer)                   GRANTED   prefill keeps the blocks
-    params = await transfer.decode_params()      PULLING   for the decode call
+    fields of the two calls, see below           GRANTED, PULLING
     transfer.finish() | transfer.abandon(why)    PULLED | RELEASED
 
+    prefill first   prefill_fields(); prefilled(answer): GRANTED, prefill keeps the blocks;
+                    decode_fields(): PULLING
+    decode first    waiting_fields(url): PULLING; pushing_fields(asked)
+    together        shared_fields(): PULLING
+
 Bytes never pass here. What prefill pins ends in one of four ways: pulled, released at once through
-`Releaser`, expired by the engine's own lease, or lost with the worker (see `lease`).
+`Releaser`, expired by the engine's own lease, or lost with the worker (see `lease`). Where prefill
+pins nothing once it has answered there is no lease, and nothing to release.
 """
 
 from __future__ import annotations
@@ -26,7 +30,16 @@ from cluster.errors import EngineFailed, KvMismatch, PeerGone
 from cluster.identity import ENDED as WORKER_ENDED
 from cluster.identity import WorkerId
 from cluster.kv import fingerprint, lease
-from cluster.kv.dialects import QUERY_TIMEOUT_S, Dialect, MooncakeDialect, NixlDialect, Params
+from cluster.kv.dialects import (
+    QUERY_TIMEOUT_S,
+    DecodeFirst,
+    Dialect,
+    Fields,
+    Order,
+    PrefillFirst,
+    Together,
+    make_dialects,
+)
 from cluster.kv.lease import Cause, State
 from cluster.observe.kv_metrics import KvMetrics
 from cluster.snapshot import Link, Snapshot, WorkerView
@@ -68,7 +81,7 @@ class Transfer:
         self.state = State.OFFERED
         self.granted_at_s: float | None = None
         self._coordinator = coordinator
-        self._grant: Params = {}
+        self._grant: Fields = {}
 
     def __repr__(self) -> str:
         return (
@@ -76,37 +89,79 @@ class Transfer:
             f"prompt_tokens={self.prompt_tokens}>"
         )
 
-    async def prefill_params(self) -> Params:
-        """`kv_transfer_params` of the prefill call. Raises: EngineFailed. Cancel: safe."""
-        return await self.dialect.prefill_params(self.request_id, self.prefill)
+    @property
+    def order(self) -> Order:
+        return self.dialect.order
+
+    # -- prefill first ---------------------------------------------------------------------------
+
+    async def prefill_fields(self) -> Fields:
+        """Body fields of the prefill call. Raises: EngineFailed. Cancel: safe."""
+        return await self._as_prefill_first().prefill_fields(self.request_id, self.prefill)
 
     def prefilled(self, answer: Mapping[str, Any]) -> None:
         """The prefill engine's parsed answer. Raises: EngineFailed if nothing can be pulled."""
-        self._grant = self.dialect.grant(self.prefill, answer)
+        self._grant = self._as_prefill_first().grant(self.prefill, answer)
         self._coordinator._move(self, Cause.PREFILLED)
 
-    async def decode_params(self) -> Params:
-        """`kv_transfer_params` of the decode call.
+    async def decode_fields(self) -> Fields:
+        """Body fields of the decode call.
 
         Raises: EngineFailed if the lease has run out meanwhile; PeerGone if the prefill worker was
         replaced. Cancel: safe."""
         self._coordinator._expire()
         self._still_there()
-        params = await self.dialect.decode_params(self.request_id, self.prefill, self._grant)
+        dialect = self._as_prefill_first()
+        fields = await dialect.decode_fields(self.request_id, self.prefill, self._grant)
         self._still_there()
         self._coordinator._move(self, Cause.DECODE_ASKED)
-        return params
+        return fields
+
+    # -- decode first ----------------------------------------------------------------------------
+
+    def waiting_fields(self, metaserver: str) -> Fields:
+        """Body fields of the decode call, whose engine will post to `metaserver` (a URL)."""
+        fields = self._as_decode_first().decode_fields(metaserver)
+        self._coordinator._move(self, Cause.DECODE_WAITS)
+        return fields
+
+    def pushing_fields(self, asked: Any) -> Fields:
+        """Body fields of the prefill call, from the JSON that decode's engine posted.
+
+        Raises: EngineFailed if nothing can be pushed on it; PeerGone if the prefill worker was
+        replaced."""
+        self._still_there()
+        return self._as_decode_first().prefill_fields(self.request_id, self.decode, asked)
+
+    # -- together --------------------------------------------------------------------------------
+
+    def shared_fields(self) -> Fields:
+        """Body fields of both calls. Raises: EngineFailed."""
+        assert isinstance(self.dialect, Together), f"{self!r} goes {self.order}"
+        fields = self.dialect.fields(self.prefill)
+        self._coordinator._move(self, Cause.DECODE_WAITS)
+        return fields
+
+    # -- the end ---------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Decode answered, or its first byte arrived: the blocks were pulled."""
+        """Decode answered, or its first byte arrived: it has the blocks."""
         self._coordinator._move(self, Cause.FINISHED)
 
     def abandon(self, why: str) -> None:
-        """Nobody will pull the blocks: has prefill let go of them now. Never raises.
+        """Nobody will take the blocks: has prefill let go of them now. Never raises.
 
         Call it after the decode call, if there is one, was closed: an engine that still reads the
         blocks would read what comes after them."""
         self._coordinator._move(self, Cause.ABANDONED, why)
+
+    def _as_prefill_first(self) -> PrefillFirst:
+        assert isinstance(self.dialect, PrefillFirst), f"{self!r} goes {self.order}"
+        return self.dialect
+
+    def _as_decode_first(self) -> DecodeFirst:
+        assert isinstance(self.dialect, DecodeFirst), f"{self!r} goes {self.order}"
+        return self.dialect
 
     def _still_there(self) -> None:
         if self.state is State.LOST:
@@ -136,10 +191,7 @@ class Coordinator:
         self._clock = clock
         self._session = session
         self._owns_session = session is None
-        self._dialects: dict[str, Dialect] = {
-            "nixl": NixlDialect(),
-            "mooncake": MooncakeDialect(self._get_json),
-        }
+        self._dialects = make_dialects(self._get_json)
         self._open: dict[int, Transfer] = {}
         # Those whose lease may run out by the clock, per length of lease in the order of grants.
         self._timed: dict[float, OrderedDict[int, Transfer]] = {}
@@ -236,7 +288,8 @@ class Coordinator:
         ).inc()
         if after is State.RELEASED:
             log.info("%r given up: %s", transfer, why or cause.value)
-            self._release_soon(transfer.prefill.id, transfer.request_id)
+            if transfer.dialect.keeps_blocks:
+                self._release_soon(transfer.prefill.id, transfer.request_id)
 
     def _expire(self) -> None:
         """End the leases that the prefill engines have ended by themselves."""

@@ -5,6 +5,7 @@
        │                     ├──lease ran out──▶ EXPIRED ◀──lease ran out──┤
        │                     │                          │
        └────── abandoned, or finished without a pull ───┴──▶ RELEASED
+    OFFERED ──decode waits──▶ PULLING, where prefill keeps nothing (push, both together)
     any open state ──prefill worker replaced──▶ LOST
 
 A call that comes after the end changes nothing; every other pair that is not in MOVES is a fault
@@ -19,7 +20,7 @@ import enum
 class State(enum.StrEnum):
     OFFERED = "offered"  # prefill is being asked; it pins nothing yet, as far as we know
     GRANTED = "granted"  # prefill keeps the blocks for decode
-    PULLING = "pulling"  # decode was told where they are
+    PULLING = "pulling"  # decode was told where they are, or waits for them
     PULLED = "pulled"  # decode has them; prefill lets go by itself
     RELEASED = "released"  # given up; prefill was told to let go
     EXPIRED = "expired"  # prefill let go by itself
@@ -29,6 +30,7 @@ class State(enum.StrEnum):
 class Cause(enum.StrEnum):
     PREFILLED = "prefilled"
     DECODE_ASKED = "decode asked"
+    DECODE_WAITS = "decode waits"
     FINISHED = "finished"
     ABANDONED = "abandoned"
     LEASE_RAN_OUT = "lease ran out"
@@ -41,6 +43,7 @@ MOVES: dict[tuple[State, Cause], State] = {
     (State.OFFERED, Cause.PREFILLED): State.GRANTED,
     (State.GRANTED, Cause.DECODE_ASKED): State.PULLING,
     (State.PULLING, Cause.DECODE_ASKED): State.PULLING,
+    (State.OFFERED, Cause.DECODE_WAITS): State.PULLING,
     (State.PULLING, Cause.FINISHED): State.PULLED,
     # Decode answered without having been told of the blocks: nobody will fetch them.
     (State.OFFERED, Cause.FINISHED): State.RELEASED,

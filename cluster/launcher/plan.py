@@ -5,6 +5,9 @@ Called by: launcher.up, launcher.render.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from cluster.control.state import DesiredState
 from cluster.engines.base import HostFacts
 from cluster.engines.vllm.flags import dtype
@@ -13,13 +16,23 @@ from cluster.models.store import ResolvedModel
 from cluster.sizing.kv import kv_bytes_per_token
 from cluster.topology.schema import ModelSpec, Topology
 
+_ABSENT = object()
 _DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "auto": 2.0}
 
 
 def desired_state(
     topology: Topology, model: ResolvedModel, host: str, host_facts: HostFacts
 ) -> DesiredState:
-    """`host`: the address engines bind; "": each node's own."""
+    """`host`: the address engines bind; "": each node's own.
+
+    Raises: InvalidInput: a pool is to take longer requests than the model."""
+    for pool in topology.serving.pools:
+        if (pool.max_model_len_tokens or 0) > model.max_model_len_tokens:
+            raise InvalidInput(
+                f"pools[{pool.name}].max_model_len_tokens: found {pool.max_model_len_tokens}; the "
+                f"model's config says {model.max_model_len_tokens}; write that or less, or, if "
+                "the engine is told how to go beyond, state model.max_model_len_tokens"
+            )
     return DesiredState(
         cluster=topology.cluster_name,
         serving=topology.serving,
@@ -33,12 +46,52 @@ def desired_state(
 
 def endpoint_url(topology: Topology) -> str:
     """Where clients on this machine reach the endpoint."""
-    gateway = topology.serving.gateway
+    return _url_here(topology.serving.gateway.host, topology.serving.gateway.port)
+
+
+def control_url(topology: Topology) -> str:
+    """Where the control API is reached on the head."""
+    return _url_here(topology.serving.control.host, topology.serving.control.port)
+
+
+def url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def needs_restart(before: DesiredState, after: DesiredState) -> tuple[str, ...]:
+    """Keys in which two states differ that a running cluster cannot be given: all but the pools'
+    `replicas`. Empty: `after` can be applied to a cluster that runs as `before`."""
+    old, new = _without_replicas(before), _without_replicas(after)
+    return tuple(_differing("", old, new))
+
+
+def _without_replicas(desired: DesiredState) -> dict[str, Any]:
+    """As plain values, pools and islands by name."""
+    said = desired.model_dump(mode="json")
+    serving = said.pop("serving")
+    for key in ("pools", "islands"):
+        serving[key] = {f"[{entry['name']}]": entry for entry in serving[key]}
+    for pool in serving["pools"].values():
+        del pool["replicas"]
+    files = {name: said.pop(name) for name in ("model_digest", "kv_bytes_per_token")}
+    return {**serving, **said, "files of the model": files}
+
+
+def _differing(at: str, old: Any, new: Any) -> Iterator[str]:
+    if old == new:
+        return
+    is_below = isinstance(old, dict) and isinstance(new, dict) and at != "files of the model"
+    if not is_below:
+        yield at
+        return
+    for key in dict.fromkeys((*old, *new)):
+        below = f"{at}{key}" if key.startswith("[") or not at else f"{at}.{key}"
+        yield from _differing(below, old.get(key, _ABSENT), new.get(key, _ABSENT))
+
+
+def _url_here(host: str, port: int) -> str:
     # An address to bind is not one to connect to.
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(gateway.host, gateway.host)
-    if ":" in host and not host.startswith("["):
-        host = f"[{host}]"
-    return f"http://{host}:{gateway.port}"
+    return url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
 
 
 def _kv_bytes(spec: ModelSpec, model: ResolvedModel, host: HostFacts) -> int:

@@ -25,17 +25,23 @@ from cluster.workers.ports import DEFAULT_WINDOW
 
 MASK = "***"
 
+# What stands for what is known on the node only.
+_HOST, _HEAD, _INTERFACE = "NODE_IP", "HEAD_IP", "INTERFACE"
+
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """One node of one replica."""
 
     worker: str  # pool/index
+    pool: str
     node_rank: int
     role: str
     host: str  # an address, or what a node must have
     argv: tuple[str, ...]
     env: Mapping[str, str]  # what the engine gets beyond what its node has
+    secret_files: Mapping[str, str]  # name in the worker's folder -> masked text
+    origins: Mapping[str, str]  # as engines.base.Launch has them
 
     def shell(self) -> str:
         """As one would type it."""
@@ -48,60 +54,77 @@ def render(topology: Topology) -> tuple[Rendered, ...]:
     next_port = DEFAULT_WINDOW.start
     rendered: list[Rendered] = []
     for pool in topology.serving.pools:
+        needs = registry.adapter(pool.engine).ports(pool, topology.serving.island_of(pool.name))
         for index in range(pool.replicas.initial):
+            head_ports: dict[str, int] = {}
             for rank in range(pool.nodes_per_replica):
-                one, used = _render(topology, pool, index, rank, next_port)
-                rendered.append(one)
-                next_port += used
+                ports, next_port = _ports(needs, next_port)
+                head_ports = head_ports or ports
+                rendered.append(_render(topology, pool, index, rank, ports, head_ports))
     return tuple(rendered)
 
 
 def _render(
-    topology: Topology, pool: PoolSpec, index: int, rank: int, first_port: int
-) -> tuple[Rendered, int]:
+    topology: Topology,
+    pool: PoolSpec,
+    index: int,
+    rank: int,
+    ports: Mapping[str, int],
+    head_ports: Mapping[str, int],
+) -> Rendered:
     adapter = registry.adapter(pool.engine)
     worker = WorkerId(pool.name, index, generation=1)
     is_local = local_ray.is_local(topology)
-    island = topology.serving.island_of(pool.name)
-    ports, used = _ports(adapter.ports(pool, island), first_port)
+    model = topology.serving.model_of(pool.name)
     context = LaunchContext(
         worker=worker,
         role=pool.role,
-        model=topology.serving.model,
-        model_path=_model_path(topology.serving.model),
+        model=model,
+        model_path=_model_path(model),
         pool=pool,
-        island=island,
-        host=local_ray.LOOPBACK if is_local else "NODE_IP",
+        island=topology.serving.island_of(pool.name),
+        host=local_ray.LOOPBACK if is_local else _host(pool, rank),
         host_facts=_host_facts(pool, is_local),
         ports=ports,
         runtime_dir=str(ClusterPaths(topology.cluster_name).runtime / "w" / f"{pool.name}-{index}"),
         python=pool.interpreter or sys.executable,
         engine_key=MASK,
         node_rank=rank,
-        head_host="" if rank == 0 else "HEAD_IP",
+        head_host="" if rank == 0 else (local_ray.LOOPBACK if is_local else _HEAD),
+        head_ports=head_ports,
         peers=topology.serving.peers_of(pool.name),
+        interface="" if is_local else _INTERFACE,
     )
     launch = adapter.launch(context)
-    return (
-        Rendered(
-            worker=worker.name,
-            node_rank=rank,
-            role=pool.role.value,
-            host=local_ray.LOOPBACK if is_local else _node(pool),
-            argv=launch.argv,
-            env={**launch.env, **dict.fromkeys(launch.secret_env, MASK)},
-        ),
-        used,
+    return Rendered(
+        worker=worker.name,
+        pool=pool.name,
+        node_rank=rank,
+        role=pool.role.value,
+        host=local_ray.LOOPBACK if is_local else _node(pool),
+        argv=launch.argv,
+        env={**launch.env, **dict.fromkeys(launch.secret_env, MASK)},
+        secret_files=launch.secret_files,
+        origins=launch.origins,
     )
 
 
-def _ports(needs: tuple[PortNeed, ...], first: int) -> tuple[dict[str, int], int]:
+def _host(pool: PoolSpec, rank: int) -> str:
+    return _HEAD if rank == 0 and pool.nodes_per_replica > 1 else _HOST
+
+
+def _ports(needs: tuple[PortNeed, ...], next_port: int) -> tuple[dict[str, int], int]:
+    """Examples: ports of a window of their own begin where it begins, the others one after the
+    other from `next_port`, whose next value comes back."""
     ports: dict[str, int] = {}
-    used = 0
+    in_window: dict[range, int] = {}
     for need in needs:
-        ports[need.name] = first + used
-        used += need.span
-    return ports, used
+        if need.window is None:
+            ports[need.name], next_port = next_port, next_port + need.span
+        else:
+            at = in_window.get(need.window, need.window.start)
+            ports[need.name], in_window[need.window] = at, at + need.span
+    return ports, next_port
 
 
 def _model_path(model: ModelSpec) -> str:

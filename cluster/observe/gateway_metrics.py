@@ -47,6 +47,12 @@ class GatewayMetrics:
         self.retries = self._counter(
             "retries", "Attempts given up before the first byte, by reason.", ("why",)
         )
+        self.recoveries = self._counter(
+            "recoveries",
+            "Answers that went on with another engine, by way (continue, repeat) and what ended "
+            "the first one's (failed, recomputed).",
+            ("way", "cause"),
+        )
         self.engine_failures = self._counter(
             "engine_failures", "Calls that an engine failed, by pool and stage.", ("pool", "stage")
         )

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 
 from cluster.identity import Role
 from cluster.topology.findings import Finding, KeyPath, did_you_mean, nearest
-from cluster.topology.pairing import TENSOR_RULES
+from cluster.topology.pairing import MIXED_ONLY, Side, connectors_of, objections, speaks
 from cluster.topology.pool_checks import pool_faults
 from cluster.topology.reserved import canonical
+from cluster.topology.scaling_checks import scaling_faults
 from cluster.topology.schema import GatewaySpec, IslandSpec, PoolSpec, ServingSpec
 
+# What two pools that exchange KV blocks must load alike.
+_MODEL_KEYS = ("id", "revision", "quantization", "dtype", "kv_cache_dtype")
 # Settings that change what KV blocks look like or how their hashes come out, and what an engine
 # gets where a pool does not say (None: the engine's own choice).
 _KV_FLAGS = {
@@ -30,6 +33,11 @@ _KV_VARIABLES = {
     "VLLM_KV_CACHE_LAYOUT": None,
     "VLLM_MLA_DISABLE": None,
 }
+# Where a pool states what a connector's rule judges.
+_JUDGED_KEYS: dict[str, KeyPath] = {
+    "hardware": ("hardware",),
+    "tensor_parallel": ("parallel", "tensor"),
+}
 # Ray Serve with HAProxy (Ray 2.60) opens these on all interfaces of the head.
 _HAPROXY_PORTS = {8404: "HAProxy's statistics", 9101: "HAProxy's metrics"}
 _SERVE_REPLICA_PORTS = range(30_000, 31_001)
@@ -39,7 +47,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 def cross_faults(serving: ServingSpec) -> tuple[Finding, ...]:
     """All that does not agree, keys given from `metadata.serving` down. Never raises."""
-    book = _Book(serving)
+    book, pools = _Book(serving), serving.pools
     return (
         *_names(serving),
         *_membership(book),
@@ -47,6 +55,7 @@ def cross_faults(serving: ServingSpec) -> tuple[Finding, ...]:
         *_unlinked(book),
         *_decoders(book),
         *_engines(book),
+        *_connectors(book),
         *_pairs(book),
         *(
             finding
@@ -54,8 +63,10 @@ def cross_faults(serving: ServingSpec) -> tuple[Finding, ...]:
             for finding in pool_faults(pool, _at(index))
         ),
         *_model(serving),
+        *_lengths(book),
         *_gateway(serving.gateway),
         *_health(serving),
+        *scaling_faults(serving, {(pools[a].name, pools[b].name) for a, b, _ in book.pairs()}),
     )
 
 
@@ -235,24 +246,42 @@ def _engines(book: _Book) -> Iterator[Finding]:
                 )
 
 
+def _connectors(book: _Book) -> Iterator[Finding]:
+    """Islands whose connector an engine lacks. A mixed pool moves no blocks and needs none."""
+    for number, island in enumerate(book.serving.islands):
+        for index in (book.index[name] for name in island.pools if name in book.index):
+            pool = book.serving.pools[index]
+            if pool.role is Role.MIXED or pool.engine in MIXED_ONLY:
+                continue
+            if not speaks(pool.engine, island.connector):
+                key: KeyPath = ("islands", number, "connector")
+                yield Finding(
+                    key,
+                    f'{island.connector}, which engine {pool.engine} of pool "{pool.name}" does '
+                    "not speak",
+                    f"write {' or '.join(connectors_of(pool.engine))}",
+                    rests_on=(key, (*_at(index), "engine"), (*_at(index), "role")),
+                )
+                break
+
+
 def _pairs(book: _Book) -> Iterator[Finding]:
     for source, target, island in book.pairs():
         prefill, decode = book.serving.pools[source], book.serving.pools[target]
-        rule = TENSOR_RULES[island.connector]
-        sizes = (prefill.parallel.tensor, decode.parallel.tensor)
-        if not rule.allows(*sizes):
+        for objection in objections(island.connector, _side(prefill), _side(decode)):
+            key = _JUDGED_KEYS[objection.about]
             yield Finding(
-                (*_at(target), "parallel", "tensor"),
-                f'prefill pool "{prefill.name}" has {sizes[0]}, decode pool "{decode.name}" has '
-                f"{sizes[1]}",
-                f"write {rule.wanted}",
-                rests_on=(
-                    (*_at(source), "parallel", "tensor"),
-                    (*_at(target), "parallel", "tensor"),
-                    ("islands",),
-                ),
+                (*_at(target), *key),
+                f'prefill pool "{prefill.name}" has {objection.prefill}, decode pool '
+                f'"{decode.name}" has {objection.decode}',
+                objection.fix,
+                rests_on=((*_at(source), *key), (*_at(target), *key), ("islands",)),
             )
-        for key, one, other in _kv_settings(prefill, decode):
+        settings = (
+            *_model_settings(book.serving, prefill, decode),
+            *_kv_settings(prefill, decode),
+        )
+        for key, one, other in settings:
             if one != other:
                 yield Finding(
                     (*_at(target), *key),
@@ -263,8 +292,22 @@ def _pairs(book: _Book) -> Iterator[Finding]:
                 )
 
 
+def _side(pool: PoolSpec) -> Side:
+    return Side(pool.hardware or "", pool.parallel.tensor)
+
+
+def _model_settings(
+    serving: ServingSpec, one: PoolSpec, other: PoolSpec
+) -> Iterator[tuple[KeyPath, object, object]]:
+    mine, theirs = serving.model_of(one.name), serving.model_of(other.name)
+    for key in _MODEL_KEYS:
+        yield ("model", key), getattr(mine, key), getattr(theirs, key)
+
+
 def _kv_settings(one: PoolSpec, other: PoolSpec) -> Iterator[tuple[KeyPath, object, object]]:
     yield ("block_size_tokens",), one.block_size_tokens, other.block_size_tokens
+    for key in ("id", "revision", "quantization", "dtype", "kv_cache_dtype"):
+        yield ("model", key), getattr(one.model, key, None), getattr(other.model, key, None)
     flags = [{canonical(k): v for k, v in pool.engine_args.items()} for pool in (one, other)]
     for flag, unset in _KV_FLAGS.items():
         yield ("engine_args", flag), flags[0].get(flag, unset), flags[1].get(flag, unset)
@@ -280,6 +323,39 @@ def _model(serving: ServingSpec) -> Iterator[Finding]:
     if not serving.model.public_name.strip():
         found = f'"{serving.model.id}" leaves no name for clients to use'
         yield Finding(("model", "id"), found, "write `served_name: NAME` beside it")
+
+
+def _lengths(book: _Book) -> Iterator[Finding]:
+    pools, most = book.serving.pools, book.serving.model.max_model_len_tokens
+    at_model: KeyPath = ("model", "max_model_len_tokens")
+    for index, pool in enumerate(pools):
+        own, key = pool.max_model_len_tokens, (*_at(index), "max_model_len_tokens")
+        if own is not None and most is not None and own > most:
+            yield Finding(
+                key,
+                f"found {own}, more than the model's max_model_len_tokens ({most})",
+                f"write {most} or less, or raise the model's",
+                rests_on=(key, at_model),
+            )
+    # Under `recompute` a longer prompt is computed by decode; under `fail` nobody would take it.
+    feeders: dict[int, list[int]] = {}
+    for source, target, island in book.pairs():
+        if island.on_prefill_failure == "fail":
+            feeders.setdefault(target, []).append(source)
+    for target, sources in feeders.items():
+        takes = pools[target].max_model_len_tokens or most
+        given = [pools[source].max_model_len_tokens or most for source in sources]
+        known = [tokens for tokens in given if tokens is not None]
+        if takes is not None and len(known) == len(given) and max(known) < takes:
+            best = sources[known.index(max(known))]
+            key = (*_at(best), "max_model_len_tokens")
+            yield Finding(
+                key,
+                f'found {max(known)}, less than decode pool "{pools[target].name}" takes ({takes}),'
+                " and with `on_prefill_failure: fail` longer prompts would be refused for ever",
+                f"write {takes}, lower the decode pool's, or write `on_prefill_failure: recompute`",
+                rests_on=(key, (*_at(target), "max_model_len_tokens"), at_model, ("islands",)),
+            )
 
 
 def _gateway(gateway: GatewaySpec) -> Iterator[Finding]:

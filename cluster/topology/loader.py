@@ -1,7 +1,7 @@
-"""Read a topology file: YAML, then schema, then what must agree between keys.
+"""Read a topology file: YAML, then presets, schema, and what must agree between keys.
 
-    path ─ source.read ─ Document ─ ServingSpec ─ checks.cross_faults ─ Topology
-                │            └ wording.findings ┘         │
+    path ─ source.read ─ Document ─ presets.applied ─ ServingSpec ─ checks.cross_faults ─ Topology
+                │                          └ wording.findings ┘         │
                 └───────────────── Fault (file, line, key, found, fix) ─ TopologyError
 
 `load` is for everyone. `examine` is for launcher.validate, which adds Ray's half and wants all
@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.errors import Fault, TopologyError
-from cluster.topology import source, wording
+from cluster.topology import presets, source, wording
 from cluster.topology.checks import cross_faults
 from cluster.topology.findings import SERVING, Finding, KeyPath, dotted, nearest, quote
 from cluster.topology.schema import ServingSpec, Topology
@@ -89,8 +89,11 @@ def examine(path: Path) -> Examined:
     value, findings = _serving_value(document)
     if value is None:
         return Examined(document, None, _all_faults(document, findings))
+    value, unknown = presets.applied(value)
     serving, errors, doubtful = _parse(value)
-    faults = _all_faults(document, (*findings, *_from_top(errors)))
+    faults = _all_faults(document, (*findings, *_from_top((*unknown, *errors))))
+    # What an unknown preset would have said of its pool is not known either.
+    doubtful = (*doubtful, *(finding.key[:-1] for finding in unknown))
     examined = Examined(document, serving, faults, tuple(SERVING + key for key in doubtful))
     if serving is None:
         return examined

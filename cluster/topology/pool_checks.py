@@ -4,12 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+from cluster.identity import Role
 from cluster.topology.findings import Finding, KeyPath, names_a_secret
+from cluster.topology.pairing import GENERATIONS, MIXED_ONLY
 from cluster.topology.reserved import instead_of_flag, instead_of_variable
-from cluster.topology.schema import PoolSpec
+from cluster.topology.schema import HardwareName, PoolSpec
 
 _ACCELERATORS = ("GPU", "NPU")
+# Accelerators an engine has no kernels for.
+_FOREIGN = {"vllm": "NPU", "vllm_ascend": "GPU"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Hardware:
+    """The accelerator that Ray counts on such a node, and how many there can be; None: not
+    limited here."""
+
+    accelerator: str | None
+    most_per_node: int | None = None
+
+
+# An Atlas 800 A3 has 8 cards of two dies each, and every die is a device; an Atlas 800 A2 has 8.
+_HARDWARE: dict[HardwareName, _Hardware] = {
+    "cpu": _Hardware(None),
+    "h200": _Hardware("GPU"),
+    "atlas_a2": _Hardware("NPU", 8),
+    "atlas_a3": _Hardware("NPU", 16),
+}
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -22,9 +45,21 @@ def pool_faults(pool: PoolSpec, at: KeyPath) -> Iterator[Finding]:
             "write `engine: simulated`, or take the block out",
             rests_on=((*at, "engine"),),
         )
+    yield from _role(pool, at)
     yield from _ranks(pool, at)
+    yield from _devices(pool, at)
     yield from _flags(pool, at)
     yield from _environment(pool, at)
+
+
+def _role(pool: PoolSpec, at: KeyPath) -> Iterator[Finding]:
+    if pool.engine in MIXED_ONLY and pool.role is not Role.MIXED:
+        yield Finding(
+            (*at, "role"),
+            f"{pool.role} with engine {pool.engine}; {MIXED_ONLY[pool.engine]}",
+            "write `role: mixed`",
+            rests_on=((*at, "role"), (*at, "engine")),
+        )
 
 
 def _ranks(pool: PoolSpec, at: KeyPath) -> Iterator[Finding]:
@@ -63,10 +98,51 @@ def _ranks(pool: PoolSpec, at: KeyPath) -> Iterator[Finding]:
             )
 
 
+def _devices(pool: PoolSpec, at: KeyPath) -> Iterator[Finding]:
+    """Engine and hardware against the devices asked for. A simulated engine uses none and may
+    stand for any hardware."""
+    resources, key = pool.placement.resources, (*at, "placement", "resources")
+    foreign = _FOREIGN.get(pool.engine)
+    if foreign is not None and foreign in resources:
+        fix = "write `engine: vllm_ascend`" if foreign == "NPU" else "write `engine: vllm`"
+        yield Finding(
+            (*at, "engine"),
+            f"engine {pool.engine} cannot use the {foreign} that placement.resources asks for",
+            f"{fix}, or ask for what it runs on",
+            rests_on=((*at, "engine"), (*key, foreign)),
+        )
+        return
+    if pool.hardware is None or pool.engine == "simulated":
+        return
+    kind, name = _HARDWARE[pool.hardware], GENERATIONS[pool.hardware]
+    grounds: tuple[KeyPath, ...] = (key, (*at, "hardware"))
+    for other in _ACCELERATORS:
+        if other in resources and other != kind.accelerator:
+            fix = "take it out, or correct `hardware`"
+            if kind.accelerator is not None:
+                fix = f"ask for {kind.accelerator}, or correct `hardware`"
+            yield Finding((*key, other), f"{name} has no {other}", fix, rests_on=grounds)
+            return
+    if kind.accelerator is None:
+        return
+    asked = resources.get(kind.accelerator)
+    if asked is None:
+        found = f"hardware {pool.hardware}, but placement.resources asks for no {kind.accelerator}"
+        fix = f"add `{kind.accelerator}: N`, the devices that one node of a replica takes"
+        yield Finding((*at, "hardware"), found, fix, rests_on=grounds)
+    elif kind.most_per_node is not None and asked > kind.most_per_node:
+        yield Finding(
+            (*key, kind.accelerator),
+            f"found {asked:g}; one {name} node has {kind.most_per_node}",
+            f"write {kind.most_per_node} or less, and more nodes_per_replica",
+            rests_on=grounds,
+        )
+
+
 def _flags(pool: PoolSpec, at: KeyPath) -> Iterator[Finding]:
     for flag in pool.engine_args:
         key = (*at, "engine_args", flag)
-        instead = instead_of_flag(flag)
+        instead = instead_of_flag(flag, pool.engine)
         if instead is not None:
             yield Finding(key, "pdcluster sets this engine flag itself", instead)
         elif flag.startswith("-"):

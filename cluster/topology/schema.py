@@ -13,25 +13,25 @@ description: docs/topologies.md and the JSON Schema are made from them. A valida
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    StringConstraints,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from cluster.identity import Role
+from cluster.topology.scaling import ScalingSpec as ScalingSpec
+from cluster.topology.simulated import SimulatedSpec as SimulatedSpec
+from cluster.topology.spec import Name as Name
+from cluster.topology.spec import Spec as Spec
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$")]
 EngineName = Literal["vllm", "vllm_ascend", "sglang", "xllm", "ktransformers", "simulated"]
 # nixl, mooncake: vLLM's. ascend_mooncake: vLLM-Ascend's MooncakeConnectorV1, decode pulls.
 # ascend_layerwise: vLLM-Ascend's MooncakeLayerwiseConnector, prefill pushes. sglang_*: SGLang's
@@ -47,21 +47,6 @@ ConnectorName = Literal[
 ]
 HardwareName = Literal["cpu", "h200", "atlas_a2", "atlas_a3"]
 ArgValue = str | int | float | bool | None | dict[str, Any] | list[Any]
-
-
-class Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_boolean_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # YAML reads yes/no/on/off as booleans, which Python takes for 1 and 0.
-        if isinstance(value, bool) and info.field_name is not None:
-            wanted = cls.model_fields[info.field_name].annotation
-            kinds = {getattr(kind, "__origin__", kind) for kind in (wanted, *get_args(wanted))}
-            if bool not in kinds and kinds & {int, float}:
-                raise ValueError(f"found {str(value).lower()}; write a number")
-        return value
 
 
 class ModelSpec(Spec):
@@ -97,6 +82,24 @@ class ModelSpec(Spec):
     @property
     def public_name(self) -> str:
         return self.served_name or Path(self.id).name
+
+
+class PoolModelSpec(Spec):
+    """What a pool's engines load, where that differs from `model`: other files of the same model,
+    such as weights quantised for its hardware. Clients see one model."""
+
+    id: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A hub id, or a folder on the pool's own nodes. Default: the model's.",
+    )
+    revision: str | None = Field(default=None, description="Hub revision. Default: the model's.")
+    quantization: str | None = Field(default=None, description="Default: the model's.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="Default: the model's."
+    )
+    kv_cache_dtype: str | None = Field(default=None, description="Default: the model's.")
+    trust_remote_code: bool | None = Field(default=None, description="Default: the model's.")
 
 
 class ReplicasSpec(Spec):
@@ -138,27 +141,6 @@ class ParallelSpec(Spec):
     expert: bool = Field(default=False, description="Spread experts over tensor x data ranks.")
 
 
-class SimulatedSpec(Spec):
-    """Timings of the `simulated` engine, which has no model."""
-
-    prefill_tokens_per_s: PositiveFloat = Field(
-        default=20_000.0, description="How fast it pretends to read prompts."
-    )
-    decode_step_s: NonNegativeFloat = Field(
-        default=0.002, description="Pause before each decode step."
-    )
-    load_s: NonNegativeFloat = Field(default=0.0, description="Pause before it becomes ready.")
-    kv_bytes_per_token: PositiveInt = Field(
-        default=1024, description="What one token of KV counts for in transfers."
-    )
-    kv_capacity_tokens: PositiveInt = Field(
-        default=262_144, description="Tokens of KV it pretends to hold."
-    )
-    accepted_per_draft: NonNegativeFloat = Field(
-        default=0.0, description="Mean accepted draft tokens per step, of num_speculative_tokens."
-    )
-
-
 class PoolSpec(Spec):
     """Replicas that are alike: same role, engine, hardware and arguments."""
 
@@ -175,6 +157,10 @@ class PoolSpec(Spec):
         default=None,
         description="Start from a published configuration; every key written here overrides it. "
         "`pdcluster render --explain` shows what it gave.",
+    )
+    model: PoolModelSpec | None = Field(
+        default=None,
+        description="What its engines load, where that differs from the model's.",
     )
     replicas: ReplicasSpec = Field(
         default_factory=ReplicasSpec, description="`replicas: 2` is short for {initial: 2}."
@@ -211,7 +197,8 @@ class PoolSpec(Spec):
         default=None, description="Tokens in one batch. Default: the engine decides."
     )
     speculative: dict[str, Any] | None = Field(
-        default=None, description="As the engine's --speculative-config."
+        default=None,
+        description="As vLLM's --speculative-config; for SGLang and xLLM their own flags of it.",
     )
     engine_args: dict[str, ArgValue] = Field(
         default_factory=dict,
@@ -221,7 +208,9 @@ class PoolSpec(Spec):
         default_factory=dict, description="Environment of the engine. Never secrets."
     )
     interpreter: str | None = Field(
-        default=None, description="Python of the engine. Default: the one that runs pdcluster."
+        default=None,
+        description="Python of the engine; for xLLM its executable. Default: the one that runs "
+        "pdcluster; for xLLM `xllm` on the path.",
     )
     start_timeout_s: PositiveFloat = Field(
         default=900.0, description="From process start to ready; then it counts as failed."
@@ -386,6 +375,9 @@ class ServingSpec(Spec):
     health: HealthSpec = Field(
         default_factory=HealthSpec, description="When a worker counts as hung; restarts."
     )
+    scaling: ScalingSpec = Field(
+        default_factory=ScalingSpec, description="Who decides how many replicas there are."
+    )
 
     def pool(self, name: str) -> PoolSpec:
         """Raises: KeyError."""
@@ -393,6 +385,16 @@ class ServingSpec(Spec):
             if pool.name == name:
                 return pool
         raise KeyError(name)
+
+    def model_of(self, pool: str) -> ModelSpec:
+        """The model as the engines of a pool load it. Raises: KeyError."""
+        own = self.pool(pool).model
+        if own is None:
+            return self.model
+        stated = own.model_dump(exclude_none=True)
+        if "id" in stated:
+            stated["served_name"] = self.model.public_name
+        return self.model.model_copy(update=stated)
 
     def island_of(self, pool: str) -> IslandSpec:
         """Raises: KeyError."""

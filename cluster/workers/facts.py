@@ -40,6 +40,8 @@ def fingerprint(
         engine=adapter.name,
         engine_version=version,
         hash_seed=launch.env.get("PYTHONHASHSEED", ""),
+        hardware=spec.pool.hardware or "",
+        tensor_parallel=spec.pool.parallel.tensor,
     )
 
 

@@ -78,7 +78,7 @@ def reserve(
     held: list[int] = []
     try:
         for need in needs:
-            ports[need.name], fds = _reserve_span(need, host, rng, folder, window)
+            ports[need.name], fds = _reserve_span(need, host, rng, folder, need.window or window)
             held += fds
     except BaseException:
         PortLease({}, held).close()

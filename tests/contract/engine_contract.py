@@ -6,29 +6,20 @@ Each of those defines a fixture `pair` (engine_pair.Pair) and imports `*` from h
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import uuid
 from typing import Any
 
-import aiohttp
 import msgpack
 import pytest
 import zmq
 import zmq.asyncio
-from contract.engine_pair import KEY, Engine, Pair, eventually, moved, sample_of, session
+from contract.engine_pair import KEY, Pair, eventually, moved, sample_of, session
+from contract.kv_flows import PULLING, Caller, ids_of, over_kv, transfer_params
 
 from cluster.engines.client import EngineClient
 from cluster.errors import EngineFailed
 
-NIXL_ASK = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
 WORDS = ("river", "mountain", "library", "garden", "letter", "market", "harbour", "engine")
 
 
@@ -39,108 +30,9 @@ def text_of(words: int) -> str:
     return f"{unique.hex} " + " ".join(rng.choice(WORDS) for _ in range(words))
 
 
-class Caller:
-    """HTTP to one engine, with its key."""
-
-    def __init__(self, engine: Engine, opened: aiohttp.ClientSession) -> None:
-        self._engine = engine
-        self._opened = opened
-
-    async def post(
-        self, path: str, body: dict[str, Any], request_id: str = "", key: str = KEY
-    ) -> tuple[int, Any]:
-        headers = {"Authorization": f"Bearer {key}"}
-        if request_id:
-            headers["X-Request-Id"] = request_id
-        async with self._opened.post(self._engine.url + path, json=body, headers=headers) as answer:
-            return answer.status, await answer.json(content_type=None)
-
-    async def generate(self, body: dict[str, Any], path: str = "/v1/completions") -> dict[str, Any]:
-        status, answer = await self.post(path, {"temperature": 0, **body})
-        assert status == 200, answer
-        return answer
-
-    async def events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """A whole stream; its last line must be [DONE]."""
-        body = {"temperature": 0, "stream": True, **body}
-        headers = {"Authorization": f"Bearer {KEY}"}
-        async with self._opened.post(self._engine.url + path, json=body, headers=headers) as answer:
-            assert answer.status == 200, await answer.text()
-            assert answer.content_type == "text/event-stream"
-            lines = (await answer.text()).split("\n\n")
-        data = [line.removeprefix("data: ") for line in lines if line]
-        assert data[-1] == "[DONE]"
-        return [json.loads(one) for one in data[:-1]]
-
-
-async def ids_of(pair: Pair, caller: Caller, prompt: Any, tokens: int) -> list[int]:
-    answer = await caller.generate(
-        {
-            "model": pair.model,
-            "prompt": prompt,
-            "max_tokens": tokens,
-            "ignore_eos": True,
-            "return_token_ids": True,
-        }
-    )
-    return answer["choices"][0]["token_ids"]
-
-
-async def transfer_params(pair: Pair, prefill: Caller, prompt: Any, request_id: str = "") -> dict:
-    """Prefill `prompt` for a peer; what decode must be told to fetch it."""
-    transfer_id = uuid.uuid4().hex
-    ask = (
-        NIXL_ASK
-        if pair.connector == "nixl"
-        else {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer_id}
-    )
-    status, answer = await prefill.post(
-        "/v1/completions",
-        {
-            "model": pair.model,
-            "prompt": prompt,
-            "max_tokens": 1,
-            "temperature": 0,
-            "ignore_eos": True,
-            "kv_transfer_params": ask,
-        },
-        request_id,
-    )
-    assert status == 200, answer
-    if pair.connector == "nixl":
-        return answer["kv_transfer_params"]
-    assert not answer["kv_transfer_params"]
-    bootstrap = pair.prefill.kv["bootstrap_addr"]
-    async with aiohttp.ClientSession() as plain, plain.get(f"{bootstrap}/query") as found:
-        ranks = await found.json()
-    return {
-        "do_remote_prefill": True,
-        "do_remote_decode": False,
-        "remote_bootstrap_addr": bootstrap,
-        "remote_engine_id": ranks["0"]["engine_id"],
-        "transfer_id": transfer_id,
-    }
-
-
-async def decode_over_kv(
-    pair: Pair, decode: Caller, prompt: Any, params: dict[str, Any], tokens: int
-) -> list[int]:
-    answer = await decode.generate(
-        {
-            "model": pair.model,
-            "prompt": prompt,
-            "max_tokens": tokens,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "kv_transfer_params": params,
-        }
-    )
-    return answer["choices"][0]["token_ids"]
-
-
 async def test_ready_engine_generates_and_says_why_not_for_an_unknown_model(pair: Pair):
     async with session() as opened:
-        client = EngineClient(pair.decode.url, KEY, opened)
+        client = EngineClient(pair.decode.url, KEY, opened, pair.decode.probes)
         assert await client.is_up()
         await client.generate_one(pair.model)
         with pytest.raises(EngineFailed) as caught:
@@ -252,6 +144,8 @@ async def test_token_ids_as_prompt_give_the_same_answer_as_their_text(pair: Pair
 
 
 async def test_rendered_chat_ids_can_be_handed_over_instead_of_messages(pair: Pair):
+    if pair.connector.startswith("sglang"):
+        pytest.skip("SGLang's chat endpoint takes no token ids")
     async with session() as opened:
         caller = Caller(pair.decode, opened)
         messages = [{"role": "user", "content": text_of(10)}]
@@ -327,6 +221,7 @@ async def test_disconnect_ends_the_request_at_once(pair: Pair):
             "max_tokens": pair.max_model_len_tokens - 300,
             "stream": True,
             "ignore_eos": True,
+            **pair.decode.probes.one_token,
         }
         headers = {"Authorization": f"Bearer {KEY}"}
         url = f"{pair.decode.url}/v1/completions"
@@ -351,17 +246,18 @@ async def test_decode_takes_the_prompt_over_kv_and_answers_like_one_engine(pair:
         _, tokenized = await decode.post("/tokenize", {"model": pair.model, "prompt": text_of(100)})
         prompt = tokenized["tokens"]
         request_id = uuid.uuid4().hex
-        params = await transfer_params(pair, prefill, prompt, request_id)
         before = await sample_of(pair.decode)
-        over_kv = await decode_over_kv(pair, decode, prompt, params, 12)
+        ours = await over_kv(pair, prefill, decode, prompt, 12, prefill_id=request_id)
         gained = moved(before, await sample_of(pair.decode))
         alone = await ids_of(pair, prefill, prompt, 12)
-    assert over_kv == alone
+    assert ours == alone
     # The last prompt token may be computed again: its output is needed.
     assert len(prompt) - 1 <= gained["external_tokens"] <= len(prompt)
     assert gained["prompt_tokens"] == len(prompt)
     assert gained["generation_tokens"] == 12
-    assert await eventually(lambda: pair.prefill.recorded(request_id) == ["granted", "taken"])
+    # Who pushes keeps nothing for anybody.
+    kept = [] if pair.connector == "ascend_layerwise" else ["granted", "taken"]
+    assert await eventually(lambda: pair.prefill.recorded(request_id) == kept)
 
 
 async def test_decode_records_what_it_pulled(pair: Pair):
@@ -369,14 +265,7 @@ async def test_decode_records_what_it_pulled(pair: Pair):
         prefill, decode = Caller(pair.prefill, opened), Caller(pair.decode, opened)
         _, tokenized = await decode.post("/tokenize", {"model": pair.model, "prompt": text_of(100)})
         prompt, request_id = tokenized["tokens"], uuid.uuid4().hex
-        params = await transfer_params(pair, prefill, prompt)
-        body = {
-            "model": pair.model,
-            "prompt": prompt,
-            "max_tokens": 2,
-            "kv_transfer_params": params,
-        }
-        assert (await decode.post("/v1/completions", body, request_id))[0] == 200
+        await over_kv(pair, prefill, decode, prompt, 2, decode_id=request_id)
         assert await eventually(lambda: pair.decode.recorded(request_id) == ["pulled"])
     record = next(r for r in pair.decode.records if request_id in r.request_id)
     assert record.side == "decode"
@@ -386,13 +275,17 @@ async def test_decode_records_what_it_pulled(pair: Pair):
     assert record.bytes_pulled > 0
 
 
-async def test_nixl_prefill_answer_carries_what_decode_needs(pair: Pair):
-    if pair.connector != "nixl":
-        pytest.skip("mooncake's prefill answer carries nothing")
+async def test_prefill_answer_carries_what_decode_needs_to_pull(pair: Pair):
+    if pair.connector not in ("nixl", "ascend_mooncake"):
+        pytest.skip(f"{pair.connector}'s prefill answer carries nothing")
     async with session() as opened:
         request_id = uuid.uuid4().hex
         caller = Caller(pair.prefill, opened)
-        params = await transfer_params(pair, caller, text_of(60), request_id)
+        status, tokenized = await caller.post(
+            "/tokenize", {"model": pair.model, "prompt": text_of(60)}
+        )
+        assert status == 200
+        params = await transfer_params(pair, caller, tokenized["tokens"], request_id)
         try:
             assert params["do_remote_prefill"] is True
             assert params["do_remote_decode"] is False
@@ -400,14 +293,21 @@ async def test_nixl_prefill_answer_carries_what_decode_needs(pair: Pair):
             assert params["remote_engine_id"]
             assert params["remote_host"] == "127.0.0.1"
             assert isinstance(params["remote_port"], int)
-            tokens = params["remote_num_tokens"]
-            assert len(params["remote_block_ids"][0]) == -(-tokens // pair.block_size_tokens)
-            assert params["tp_size"] == 1
+            blocks = -(-tokenized["count"] // pair.block_size_tokens)
+            assert len(params["remote_block_ids"][0]) == blocks
+            if pair.connector == "nixl":
+                assert params["remote_num_tokens"] == tokenized["count"]
+                assert params["tp_size"] == 1
+            else:
+                assert params["num_prompt_blocks"] == blocks
+                assert params["remote_ptp_size"] == 1
         finally:
             pair.prefill.release(request_id)
 
 
 async def test_release_frees_blocks_that_nobody_will_pull(pair: Pair):
+    if pair.connector not in PULLING:
+        pytest.skip(f"{pair.connector}'s prefill keeps no blocks once it has answered")
     async with session() as opened:
         prefill = Caller(pair.prefill, opened)
         request_id = uuid.uuid4().hex
@@ -432,14 +332,12 @@ async def test_second_turn_moves_only_the_new_blocks(pair: Pair):
             "/tokenize", {"model": pair.model, "prompt": text_of(size * 3)}
         )
         first = tokenized["tokens"][: size * 3 + 5]
-        params = await transfer_params(pair, prefill, first)
-        said = await decode_over_kv(pair, decode, first, params, size)
+        said = await over_kv(pair, prefill, decode, first, size)
         second = first + said + first[: size + 3]
-        params = await transfer_params(pair, prefill, second)
         before = await sample_of(pair.decode)
-        over_kv = await decode_over_kv(pair, decode, second, params, 8)
+        ours = await over_kv(pair, prefill, decode, second, 8)
         gained = moved(before, await sample_of(pair.decode))
-        assert over_kv == await ids_of(pair, prefill, second, 8)
+        assert ours == await ids_of(pair, prefill, second, 8)
     # Decode holds the whole blocks of its first turn; the token it said last has no KV yet.
     held = (len(first) + len(said) - 1) // size * size
     assert len(second) - held - 1 <= gained["external_tokens"] <= len(second) - held
@@ -451,8 +349,7 @@ async def test_wrong_kv_is_noticed(pair: Pair):
         _, tokenized = await decode.post("/tokenize", {"model": pair.model, "prompt": text_of(120)})
         prompt = tokenized["tokens"][:100]
         other = prompt[50:] + prompt[:50]
-        params = await transfer_params(pair, prefill, other)
-        wrong = await decode_over_kv(pair, decode, prompt, params, 12)
+        wrong = await over_kv(pair, prefill, decode, prompt, 12, of=other)
         right = await ids_of(pair, prefill, prompt, 12)
     assert wrong != right
 

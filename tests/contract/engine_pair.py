@@ -23,7 +23,7 @@ from typing import Any
 
 import aiohttp
 
-from cluster.engines.base import LaunchContext
+from cluster.engines.base import LaunchContext, Probes
 from cluster.engines.client import EngineClient, EngineSample
 from cluster.engines.host import host_facts
 from cluster.engines.registry import adapter as engine_adapter
@@ -49,6 +49,7 @@ class Engine:
     records_socket: socket.socket
     release_path: Path
     adapter: Any
+    probes: Probes
     records: list[TransferRecord] = field(default_factory=list)
 
     def recorded(self, request_id: str) -> list[str]:
@@ -170,6 +171,7 @@ def running_engine(
                 records,
                 release_path,
                 adapter,
+                adapter.probes(context),
             )
         finally:
             process.terminate()
@@ -191,7 +193,7 @@ async def session():
 async def wait_ready(engine: Engine, model: str, within_s: float) -> None:
     deadline_s = time.monotonic() + within_s
     async with session() as opened:
-        client = EngineClient(engine.url, KEY, opened)
+        client = EngineClient(engine.url, KEY, opened, engine.probes)
         while not await client.is_up():
             assert engine.process.poll() is None, engine.last_words()
             assert time.monotonic() < deadline_s, engine.last_words()
@@ -201,7 +203,8 @@ async def wait_ready(engine: Engine, model: str, within_s: float) -> None:
 
 async def sample_of(engine: Engine) -> EngineSample:
     async with session() as opened:
-        return await EngineClient(engine.url, KEY, opened).sample(engine.adapter.metrics)
+        client = EngineClient(engine.url, KEY, opened, engine.probes)
+        return await client.sample(engine.adapter.metrics)
 
 
 async def eventually(question, within_s: float = 20.0) -> bool:

@@ -48,7 +48,7 @@ NOUNS = ("river", "mountain", "library", "engine", "garden", "letter", "market",
 VERBS = ("crosses", "follows", "remembers", "opens", "carries", "watches", "repairs", "paints")
 
 
-def _filler(words: int, seed: int) -> str:
+def filler(words: int, seed: int) -> str:
     """About `words` words of varied sentences."""
     rng = random.Random(seed)
     sentences: list[str] = []
@@ -72,7 +72,7 @@ def prompts() -> list[Prompt]:
         'Say "ünïcødé" and 東京 and 🙂.',
     ]
     words = [20, 40, 60, 90, 130, 180, 240, 320, 420, 560, 760, 1000, 1900]
-    long = [f"{_filler(n, seed=n)} Summarise the text above." for n in words]
+    long = [f"{filler(n, seed=n)} Summarise the text above." for n in words]
     return [
         Prompt(name=f"{len(text.split())}-words-{i}", messages=[{"role": "user", "content": text}])
         for i, text in enumerate(short + long)
@@ -177,6 +177,7 @@ def running_cluster(file: str, tmp: Path) -> Iterator[Cluster]:
     port = free_port()
     parsed["cluster_name"] = f"e2e-{parsed['cluster_name']}"
     parsed["metadata"]["serving"]["gateway"]["port"] = port
+    parsed["metadata"]["serving"].setdefault("control", {})["port"] = free_port()
     # In bfloat16 the batch's shape shows in the last bit, and greedy choices of a small model turn
     # on it (measured: 6 of 10 outputs equal); float32 is equal token by token.
     parsed["metadata"]["serving"]["model"]["dtype"] = "float32"

@@ -1,9 +1,10 @@
-"""The engine contract over simulated engines, once per dialect."""
+"""The engine contract over simulated engines, once per connector."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -14,7 +15,7 @@ from contract.engine_pair import Pair, running_pair  # noqa: E402
 
 from cluster.identity import Role  # noqa: E402
 from cluster.models import store  # noqa: E402
-from cluster.topology.schema import ModelSpec  # noqa: E402
+from cluster.topology.schema import ConnectorName, ModelSpec  # noqa: E402
 
 pytestmark = pytest.mark.integration
 
@@ -27,7 +28,7 @@ TIMINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=["nixl", "mooncake"])
+@pytest.fixture(scope="module", params=get_args(ConnectorName))
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
-from contract.engine_contract import Caller, decode_over_kv, ids_of, text_of, transfer_params
+from contract.engine_contract import text_of
 from contract.engine_pair import (
     KEY,
     Engine,
@@ -24,6 +24,7 @@ from contract.engine_pair import (
     session,
     wait_ready,
 )
+from contract.kv_flows import Caller, decode_over_kv, ids_of, transfer_params
 
 from cluster.engines.client import EngineClient
 from cluster.engines.simulated.faults import CRASH_EXIT_CODE

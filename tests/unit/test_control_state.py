@@ -8,14 +8,21 @@ from dataclasses import replace
 import pytest
 
 from cluster.control import snapshots
-from cluster.control.events import EVENTS_KEPT, EventLog, WorkerMoved, WorkerRemoved, describe
+from cluster.control.events import (
+    EVENTS_KEPT,
+    EventLog,
+    Recorded,
+    WorkerMoved,
+    WorkerRemoved,
+    describe,
+)
 from cluster.control.reconcile import Slot
 from cluster.control.snapshots import Change
 from cluster.control.state import DesiredState
 from cluster.control.store import Store
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.snapshot import Fingerprint, Load
-from cluster.topology.schema import ServingSpec
+from cluster.topology.schema import PoolModelSpec, ReplicasSpec, ServingSpec
 from cluster.workers.report import WorkerReport
 
 PRINT = Fingerprint("m", "none", "float32", 16, "nixl", "1", "simulated", "1", "0")
@@ -100,11 +107,36 @@ def test_a_worker_is_told_what_its_pool_and_island_say(desired):
     assert desired.worker_spec(WorkerId("s", 0, 1), "key").kv_bytes_per_token == 1024
 
 
+def test_a_pool_with_files_of_its_own_is_told_of_these(desired):
+    pools = [
+        pool.model_copy(update={"model": PoolModelSpec(id="org/w8a8", quantization="ascend")})
+        if pool.name == "d"
+        else pool
+        for pool in desired.serving.pools
+    ]
+    serving = desired.serving.model_copy(update={"pools": pools})
+    desired = desired.model_copy(update={"serving": serving})
+    own = desired.worker_spec(WorkerId("d", 0, 1), "key")
+    assert (own.model_path, own.model.quantization) == ("org/w8a8", "ascend")
+    assert own.model.public_name == "model"
+    others = desired.worker_spec(WorkerId("p", 0, 1), "key")
+    assert (others.model_path, others.model.quantization) == ("org/model", None)
+    # Blocks of unlike weights never pass for alike.
+    assert own.model_digest != others.model_digest
+
+
 def test_events_read_as_subject_past_verb_and_fields():
     moved = WorkerMoved(WorkerId("d", 0, 2), WorkerState.READY, WorkerState.HUNG, "no progress")
     assert describe(moved) == "d/0#2 moved was=ready now=hung why='no progress'"
     removed = WorkerRemoved(WorkerId("d", 0, 2), "exit code 1", 2.0)
     assert describe(removed) == "d/0#2 removed cause='exit code 1' restart_in_s=2"
+
+
+def test_an_event_is_told_in_words_and_in_plain_fields():
+    removed = Recorded(5.0, WorkerRemoved(WorkerId("d", 0, 2), "exit code 1", None)).told()
+    assert (removed.at_s, removed.kind, removed.subject) == (5.0, "WorkerRemoved", "d/0#2")
+    assert removed.text == "d/0#2 removed cause='exit code 1' restart_in_s=None"
+    assert removed.fields == {"cause": "exit code 1", "restart_in_s": None}
 
 
 def test_events_are_kept_up_to_a_bound_and_cross_processes():
@@ -170,3 +202,35 @@ def test_a_worker_of_a_pool_that_was_taken_out_has_no_island(desired):
         started_at_s=0.0,
     )
     assert snapshots.build(desired, [gone], 1).workers[0].island == ""
+
+
+def with_pools(desired, **changes):
+    """`desired` with some keys of some pools changed: `d={"relative_speed": 2}`."""
+    pools = [pool.model_copy(update=changes.get(pool.name, {})) for pool in desired.serving.pools]
+    return desired.model_copy(
+        update={"serving": desired.serving.model_copy(update={"pools": pools})}
+    )
+
+
+def test_speeds_are_relative_to_the_fastest_pool_of_the_same_side(desired):
+    unlike = with_pools(desired, d={"relative_speed": 5000.0}, s={"relative_speed": 2500.0})
+    snapshot = snapshots.build(unlike, [report("d/0#1"), report("s/0#1"), report("p/0#1")], 1)
+    speeds = {view.id.pool: view.relative_speed for view in snapshot.workers}
+    assert speeds == {"d": 1.0, "s": 0.5, "p": 1.0}
+    plain = snapshots.build(desired, [report("d/0#1")], 1)
+    assert plain.workers[0].relative_speed == 1.0
+
+
+def test_a_snapshot_promises_the_longest_request_of_all_pools_that_answer(desired):
+    assert snapshots.build(desired, [], 1).longest_tokens == 4096
+    short = with_pools(desired, d={"max_model_len_tokens": 100}, s={"max_model_len_tokens": 50})
+    # Nobody is up; prefill's own limit is not one of answers.
+    assert snapshots.build(short, [], 1).longest_tokens == 100
+    none = ReplicasSpec(initial=0)
+    assert snapshots.longest_tokens(with_pools(short, d={"replicas": none})) == 50
+
+
+def test_another_promise_is_a_change_of_structure(desired):
+    before = snapshots.build(desired, [report("d/0#1")], 1)
+    promise = replace(before, longest_tokens=1)
+    assert snapshots.changed(before, promise) is Change.STRUCTURE

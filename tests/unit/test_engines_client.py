@@ -6,6 +6,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from cluster.engines.base import MetricNames, Probes
 from cluster.engines.client import EngineClient, parse_sample
 from cluster.engines.registry import adapter
 from cluster.errors import EngineFailed
@@ -49,7 +50,7 @@ def test_series_that_are_absent_count_as_nothing():
     assert sample.cache_dtype == ""
 
 
-async def ask(handler, call):
+async def ask(handler, call, probes=None):
     """Run `call(client)` against a server that answers everything with `handler`."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", handler)
@@ -60,7 +61,7 @@ async def ask(handler, call):
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
         async with aiohttp.ClientSession() as session:
-            return await call(EngineClient(url, "key", session))
+            return await call(EngineClient(url, "key", session, probes))
     finally:
         await runner.cleanup()
 
@@ -106,3 +107,43 @@ async def test_nobody_there_is_not_up():
         with pytest.raises(EngineFailed) as caught:
             await client.generate_one("m")
         assert caught.value.status is None
+
+
+async def test_an_engine_is_asked_where_its_adapter_says():
+    asked: list[str] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        if request.method == "POST":
+            assert (await request.json())["bootstrap_room"] == 0
+            return web.json_response({"usage": {"completion_tokens": 1}})
+        if request.path == "/numbers":
+            return web.Response(text="running 3.0\npage 64.0\n")
+        return web.json_response({"version": "9"})
+
+    probes = Probes("/alive", "/numbers", "/who", one_token={"bootstrap_room": 0})
+    names = MetricNames("running", "", "", "", "", cache_info="", block_size="page")
+
+    async def all_of_it(client: EngineClient) -> None:
+        assert await client.is_up()
+        await client.generate_one("m")
+        sample = await client.sample(names)
+        assert (sample.running, sample.block_size_tokens) == (3, 64)
+        assert await client.version() == "9"
+
+    await ask(handler, all_of_it, probes)
+    assert asked == ["/alive", "/v1/completions", "/numbers", "/who"]
+
+
+async def test_an_engine_that_tells_no_version_is_not_asked():
+    async def handler(request: web.Request) -> web.Response:
+        raise AssertionError("asked")
+
+    assert await ask(handler, lambda client: client.version(), Probes(version="")) == ""
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm_ascend", "sglang", "xllm", "ktransformers"])
+def test_every_engine_shows_load_and_progress(engine: str):
+    names = adapter(engine).metrics
+    assert all((names.running, names.waiting, names.kv_usage))
+    assert all((names.prompt_tokens, names.generation_tokens, names.steps))

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from cluster.engines.simulated.config import SimulatedConfig
-from cluster.engines.simulated.engine import Engine, Request
+from cluster.engines.simulated.engine import Engine
 from cluster.engines.simulated.model import Vocabulary
-from cluster.engines.simulated.transfer import Puller
+from cluster.engines.simulated.pull import Puller
+from cluster.engines.simulated.request import Request
 from cluster.models import store
 from cluster.topology.schema import ModelSpec
 

@@ -114,20 +114,30 @@ def shape(vocabulary: Vocabulary, **body: Any) -> AnswerShape:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_fast_chunks_are_the_same_as_slow_ones(vocabulary: Vocabulary, chat: bool):
-    plain = shape(vocabulary, chat=chat)
-    parts = plain.fast_parts()
-    assert parts is not None
-    assert parts[0] + b'"x"' + parts[1] == plain.chunk(0, Piece("x", (123,)))
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_fast_chunks_are_the_same_as_slow_ones(vocabulary: Vocabulary, chat: bool, with_ids: bool):
+    plain = shape(vocabulary, chat=chat, return_token_ids=with_ids)
+    fast = plain.fast_chunk()
+    assert fast is not None
+    piece = Piece('x"', (123, 4))
+    assert fast.of(piece) == plain.chunk(0, piece)
 
 
-@pytest.mark.parametrize(
-    "body", [{"return_token_ids": True}, {"logprobs": 1}, {"n": 2}, {"prompt": ["a", "b"]}]
-)
+@pytest.mark.parametrize("body", [{"logprobs": 1}, {"n": 2}, {"prompt": ["a", "b"]}])
 def test_chunks_that_carry_more_than_text_are_not_fast(
     vocabulary: Vocabulary, body: dict[str, Any]
 ):
-    assert shape(vocabulary, **body).fast_parts() is None
+    assert shape(vocabulary, **body).fast_chunk() is None
+
+
+def test_offsets_go_on_from_chunk_to_chunk(vocabulary: Vocabulary):
+    stream = shape(vocabulary, logprobs=1)
+    chunks = [stream.chunk(0, Piece("hi", (107, 108))), stream.chunk(0, Piece("j", (109,)))]
+    offsets = [
+        json.loads(chunk.removeprefix(b"data: "))["choices"][0]["logprobs"]["text_offset"]
+        for chunk in chunks
+    ]
+    assert offsets == [[0, 1], [2]]
 
 
 def test_completion_logprobs_line_up_with_the_tokens(vocabulary: Vocabulary):

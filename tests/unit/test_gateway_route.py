@@ -161,9 +161,21 @@ def test_worker_that_holds_the_prompt_is_preferred():
         worker("d", 0, Role.DECODE),
         worker("d", 1, Role.DECODE, load=Load(running=2)),
     )
-    route = route_in(cluster_of(*views), held_tokens={views[2].id: 64})
+    held = {views[2].id: 576}
+    route = route_in(cluster_of(*views), Facts(900, 10), held_tokens=held)
     assert route.decode.id.index == 1
     assert route.why == "disaggregated"
+
+
+def test_a_few_held_tokens_are_not_worth_a_queue():
+    views = (
+        worker("p", 0, Role.PREFILL),
+        worker("d", 0, Role.DECODE),
+        worker("d", 1, Role.DECODE, load=Load(running=2)),
+    )
+    for turn in range(2):
+        route = route_in(cluster_of(*views), held_tokens={views[2].id: 64}, turn=turn)
+        assert route.decode.id.index == 0
 
 
 def test_decode_prefills_by_itself_what_is_not_worth_fetching():

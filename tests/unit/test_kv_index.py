@@ -130,6 +130,25 @@ def test_workers_with_unlike_block_sizes_are_told_apart() -> None:
     assert index.held_by_all(prompt) == {A: 12, B: 10}
 
 
+@given(
+    st.lists(st.integers(0, 2), max_size=24),
+    st.lists(st.tuples(st.integers(1, 7), st.lists(st.integers(0, 2), max_size=24)), max_size=5),
+)
+def test_each_worker_is_judged_by_its_own_block_size(
+    prompt: list[int], caches: list[tuple[int, list[int]]]
+) -> None:
+    index = BlockIndex()
+    expected = {}
+    for number, (size, ids) in enumerate(caches):
+        worker = WorkerId("decode", number, 1)
+        index.apply(worker, batch(stored(ids[: len(ids) // size * size], size=size)))
+        alike = 0
+        while alike < min(len(ids), len(prompt)) and ids[alike] == prompt[alike]:
+            alike += 1
+        expected[worker] = alike // size * size
+    assert index.held_by_all(prompt) == {w: tokens for w, tokens in expected.items() if tokens}
+
+
 @pytest.mark.parametrize("ids", [[-1, 2], [1 << 40, 2], [1.5, 2], ["x", "y"], []])
 def test_ids_that_no_vocabulary_has_are_held_by_nobody(ids: list[int]) -> None:
     assert prefix_keys(ids, 1) == []

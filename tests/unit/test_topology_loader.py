@@ -10,7 +10,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from topology_text import BASE, DECODE, PREFILL
+from topology_text import BASE, DECODE, GATEWAY, PREFILL
 
 from cluster.errors import Fault, TopologyError
 from cluster.identity import Role
@@ -67,13 +67,37 @@ def test_what_can_work_is_not_refused(old: str, new: str, load_text: Load) -> No
     load_text(text)
 
 
-def test_mooncake_takes_what_nixl_refuses_and_the_other_way_round(load_text: Load) -> None:
+def test_vllm_ascend_takes_what_nixl_refuses_and_the_other_way_round(load_text: Load) -> None:
     text = BASE.replace(DECODE, DECODE + "        parallel: {tensor: 4}\n")
     load_text(text)
-    mooncake = text.replace("[prefill, decode]", "[prefill, decode]\n        connector: mooncake")
-    (fault,) = faults_of(load_text, mooncake)
-    assert "multiple of the decode size (mooncake)" in fault.fix
-    load_text(mooncake.replace(PREFILL, PREFILL + "        parallel: {tensor: 8}\n"))
+    ascend = text.replace("[prefill, decode]", "[prefill, decode]\n        connector: CONNECTOR")
+    for connector in ("ascend_mooncake", "ascend_layerwise"):
+        (fault,) = faults_of(load_text, ascend.replace("CONNECTOR", connector))
+        assert "multiple of the decode size (vLLM-Ascend)" in fault.fix
+    wide = PREFILL + "        parallel: {tensor: 8}\n"
+    load_text(ascend.replace("CONNECTOR", "ascend_mooncake").replace(PREFILL, wide))
+
+
+@pytest.mark.parametrize("engine", ["xllm", "ktransformers", "sglang", "vllm_ascend", "vllm"])
+def test_an_island_of_one_mixed_pool_needs_no_link_and_no_connector(
+    load_text: Load, engine: str
+) -> None:
+    alone = f"      - {{name: alone, role: mixed, engine: {engine}}}\n"
+    text = BASE.replace(DECODE, DECODE + alone)
+    text = text.replace(GATEWAY, "      - {name: two, pools: [alone]}\n" + GATEWAY)
+    spec = load_text(text).serving
+    assert spec.pairs() == (("prefill", "decode"),)
+    assert spec.peers_of("alone") == ()
+
+
+def test_a_simulated_pool_may_stand_for_any_hardware(load_text: Load) -> None:
+    both = PREFILL + "        hardware: atlas_a3\n" + DECODE + "        hardware: atlas_a3\n"
+    load_text(BASE.replace(PREFILL + DECODE, both))
+
+
+def test_pools_of_one_island_may_take_requests_of_unlike_length(load_text: Load) -> None:
+    text = BASE.replace("{id: simulated}", "{id: simulated, max_model_len_tokens: 4096}")
+    load_text(text.replace(PREFILL, PREFILL + "        max_model_len_tokens: 1024\n"))
 
 
 def test_links_leave_out_pools_they_do_not_name(load_text: Load) -> None:

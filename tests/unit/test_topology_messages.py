@@ -49,6 +49,9 @@ def in_serving(line: str) -> tuple[str, str]:
 
 
 S = "metadata.serving."
+MODEL = "    model: {id: simulated}\n    pools:\n"
+SHORT = MODEL.replace("simulated", "simulated, max_model_len_tokens: 4096")
+ISLAND = "    islands:\n      - name: one\n"
 P0, P1 = f"{S}pools[0].", f"{S}pools[1]."
 
 BAD_FILES = [
@@ -213,6 +216,32 @@ BAD_FILES = [
     Bad("nixl from 8 to 4", *in_both("parallel: {tensor: 8}", "parallel: {tensor: 4}"),
         f"{P1}parallel.tensor", 'has 8, decode pool "decode" has 4',
         "divides the decode size (nixl)"),
+    Bad("A2 with A3", *in_both("hardware: atlas_a2", "hardware: atlas_a3"),
+        f"{P1}hardware", 'has Atlas A2, decode pool "decode" has Atlas A3', "islands of their own"),
+    Bad("mooncake from 3 to 2", PREFILL + DECODE + ISLAND,
+        PREFILL + "        parallel: {tensor: 3}\n" + DECODE + "        parallel: {tensor: 2}"
+        f"{MARK}\n{ISLAND}        connector: mooncake\n",
+        f"{P1}parallel.tensor", 'has 3, decode pool "decode" has 2', "one divides the other"),
+    Bad("connector of another engine", PREFILL + DECODE + ISLAND,
+        (PREFILL + DECODE).replace("simulated", "vllm_ascend")
+        + f"{ISLAND}        connector: mooncake{MARK}\n",
+        f"{S}islands[0].connector", 'mooncake, which engine vllm_ascend of pool "prefill"',
+        "write ascend_mooncake or ascend_layerwise"),
+    Bad("default connector of another engine", PREFILL + DECODE,
+        (PREFILL + DECODE).replace("simulated", "sglang"),
+        f"{S}islands[0].connector", 'nixl, which engine sglang of pool "prefill"',
+        "write sglang_mooncake or sglang_nixl or sglang_ascend"),
+    Bad("xllm decodes alone", DECODE, f"      - name: decode\n        role: decode{MARK}\n"
+        "        engine: xllm\n",
+        f"{P1}role", "decode with engine xllm; xLLM pairs", "write `role: mixed`"),
+    Bad("ktransformers prefills", PREFILL, f"      - name: prefill\n        role: prefill{MARK}\n"
+        "        engine: ktransformers\n",
+        f"{P0}role", "prefill with engine ktransformers; KTransformers has no KV hand-over",
+        "write `role: mixed`"),
+    Bad("unlike weights", *in_both("model: {id: org/fp8}", "model: {id: org/w8a8}"),
+        f"{P1}model.id", 'org/w8a8 here, org/fp8 in pool "prefill"', "the same value in both"),
+    Bad("unlike KV dtypes", DECODE, DECODE + f"        model: {{kv_cache_dtype: fp8}}{MARK}\n",
+        f"{P1}model.kv_cache_dtype", "fp8 here, auto in pool", "the same value in both"),
     Bad("block sizes differ", *in_both("block_size_tokens: 16", "block_size_tokens: 32"),
         f"{P1}block_size_tokens", '32 here, 16 in pool "prefill"', "the same value in both"),
     Bad("one block size unset", DECODE, DECODE + f"        block_size_tokens: 32{MARK}\n",
@@ -232,6 +261,35 @@ BAD_FILES = [
         f"{P1}parallel.data", "3 copies cannot be spread over 2 nodes", "multiple of nodes_per"),
     Bad("too few devices", *in_decode("placement: {resources: {GPU: 2}}", "parallel: {tensor: 4}"),
         f"{P1}placement.resources.GPU", "found 2, but tensor 4", "write 4, one GPU per rank"),
+    Bad("vllm on NPUs", PREFILL, PREFILL.replace("simulated", f"vllm{MARK}")
+        + "        placement: {resources: {NPU: 8}}\n",
+        f"{P0}engine", "vllm cannot use the NPU", "write `engine: vllm_ascend`"),
+    Bad("vllm_ascend on GPUs", PREFILL, PREFILL.replace("simulated", f"vllm_ascend{MARK}")
+        + "        placement: {resources: {GPU: 8}}\n",
+        f"{P0}engine", "vllm_ascend cannot use the GPU", "write `engine: vllm`"),
+    Bad("H200 without GPU", PREFILL, PREFILL.replace("simulated", "vllm")
+        + f"        hardware: h200{MARK}\n",
+        f"{P0}hardware", "asks for no GPU", "add `GPU: N`"),
+    Bad("Atlas with GPU", PREFILL, PREFILL.replace("simulated", "sglang")
+        + f"        hardware: atlas_a3\n        placement: {{resources: {{GPU: 8}}}}{MARK}\n",
+        f"{P0}placement.resources.GPU", "Atlas A3 has no GPU", "ask for NPU"),
+    Bad("CPU with GPU", PREFILL, PREFILL.replace("simulated", "vllm")
+        + f"        hardware: cpu\n        placement: {{resources: {{GPU: 1}}}}{MARK}\n",
+        f"{P0}placement.resources.GPU", "CPU has no GPU", "take it out, or correct `hardware`"),
+    Bad("too many dies for an A2", PREFILL, PREFILL.replace("simulated", "vllm_ascend")
+        + f"        hardware: atlas_a2\n        placement: {{resources: {{NPU: 16}}}}{MARK}\n",
+        f"{P0}placement.resources.NPU", "found 16; one Atlas A2 node has 8", "8 or less"),
+    Bad("too many dies for an A3", PREFILL, PREFILL.replace("simulated", "vllm_ascend")
+        + f"        hardware: atlas_a3\n        placement: {{resources: {{NPU: 32}}}}{MARK}\n",
+        f"{P0}placement.resources.NPU", "found 32; one Atlas A3 node has 16", "16 or less"),
+    Bad("longer than the model", f"{MODEL}{PREFILL}{DECODE}",
+        f"{SHORT}{PREFILL}{DECODE}        max_model_len_tokens: 9000{MARK}\n",
+        f"{P1}max_model_len_tokens", "found 9000, more than the model's", "write 4096 or less"),
+    Bad("decode takes what nobody may prefill", f"{MODEL}{PREFILL}{DECODE}{ISLAND}",
+        f"{SHORT}{PREFILL}        max_model_len_tokens: 2000{MARK}\n{DECODE}{ISLAND}"
+        "        on_prefill_failure: fail\n",
+        f"{P0}max_model_len_tokens", 'found 2000, less than decode pool "decode" takes (4096)',
+        "write 4096, lower the decode pool's, or write `on_prefill_failure: recompute`"),
     Bad("half an accelerator too many", *in_prefill("placement: {resources: {NPU: 1.5}}"),
         f"{P0}placement.resources.NPU", "found 1.5", "write a whole number"),
     Bad("flag we set", *in_prefill("engine_args: {max_num_seqs: 4}"),

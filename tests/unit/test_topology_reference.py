@@ -12,7 +12,7 @@ import yaml
 
 from cluster.topology import schema_json
 from cluster.topology.loader import load
-from cluster.topology.pairing import TENSOR_RULES
+from cluster.topology.pairing import RULES
 from cluster.topology.reference import table, with_table
 from cluster.topology.shape import every_key, field_at, model_at, unit
 
@@ -45,7 +45,7 @@ def test_the_docs_have_examples_of_one_machine_and_of_many() -> None:
 
 def test_the_docs_name_every_connector() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert all(f"| `{connector}` |" in page for connector in TENSOR_RULES)
+    assert all(f"| `{connector}` |" in page for connector in RULES)
 
 
 def test_every_key_has_a_description() -> None:

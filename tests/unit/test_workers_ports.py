@@ -32,6 +32,13 @@ def test_a_span_is_consecutive_and_every_name_has_its_own_ports(folder):
         assert set(side) <= set(node_window())
 
 
+def test_a_need_with_a_window_of_its_own_stays_in_it(folder):
+    own = free_window(4)
+    with reserve_here(folder, [PortNeed("http"), PortNeed("kv", 4, own)]) as lease:
+        assert lease.ports["kv"] == own.start
+        assert lease.ports["http"] in node_window()
+
+
 def test_a_held_port_is_not_given_again_and_a_closed_one_is(folder):
     window = free_window(2)
     first = reserve_here(folder, window=window)

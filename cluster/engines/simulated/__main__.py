@@ -14,16 +14,19 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import uvloop
 import zmq
 from aiohttp import web
 from pydantic import ValidationError
 
-from cluster.engines.simulated.config import KvConfig, SimulatedConfig
+from cluster.engines.simulated.config import KvConfig, SimulatedConfig, meets_in_rooms
 from cluster.engines.simulated.engine import Engine
 from cluster.engines.simulated.model import Vocabulary
+from cluster.engines.simulated.ranks import Assembly, follow
 from cluster.engines.simulated.server import Server
 from cluster.errors import ClusterError, InvalidInput
 from cluster.transfers import RELEASE_SOCKET_ENV
@@ -69,8 +72,16 @@ async def run(config: SimulatedConfig) -> None:
         return  # told to stop while loading
     if config.faults.start_failure is not None:
         raise InvalidInput(config.faults.start_failure)
+    if config.ranks is not None and config.ranks.node_rank > 0:
+        await _unless(stop, follow(config.ranks))
+        return
     engine = Engine(config, vocabulary)
     await engine.start()
+    assembly: Assembly | None = None
+    if config.ranks is not None:
+        assembly = Assembly(config.ranks, lambda rank: lose(engine, rank))
+        if not await _unless(stop, assembly.start()):
+            return
     release = bind_release_socket(engine)
     runner = web.AppRunner(
         Server(engine, os.environ.get(KEY_ENV, "")).app(),
@@ -81,30 +92,59 @@ async def run(config: SimulatedConfig) -> None:
     await runner.setup()
     await web.TCPSite(runner, config.host, config.port, backlog=1024).start()
     runners = [runner]
-    if config.kv is not None and config.kv.dialect == "mooncake":
+    if config.kv is not None and config.kv.bootstrap_port:
         runners.append(await serve_bootstrap(config.kv, engine))
     port = runner.addresses[0][1]
     print(f"simulated engine {engine.engine_id} serves {config.host}:{port}", flush=True)
     await stop.wait()
     for each in runners:
         await each.cleanup()
+    if assembly is not None:
+        await assembly.close()
     await engine.close()
     if release is not None:
         loop.remove_reader(release.fileno())
         release.close()
 
 
+def lose(engine: Engine, rank: int) -> None:
+    """What a replica is without one of its ranks: see `ranks`."""
+    print(f"rank {rank} is lost", flush=True)
+    engine.faults.change({"hang": True})
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether `work` was done before `stop`."""
+    task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+        return task.done()
+    finally:
+        task.cancel()
+        stopped.cancel()
+
+
 async def serve_bootstrap(kv: KvConfig, engine: Engine) -> web.AppRunner:
-    """Mooncake's registry of one prefill engine: GET /query as vLLM's bootstrap server has it."""
-    assert engine.side_channel is not None
-    address = f"{kv.host}:{engine.side_channel.port}"
+    """Where decode finds a prefill engine: GET /query as vLLM's Mooncake bootstrap server has it,
+    GET /route as SGLang's."""
+    side_channel = engine.handover.side_channel
+    assert side_channel is not None
+    address = f"{kv.host}:{side_channel.port}"
     ranks = {"0": {"engine_id": engine.engine_id, "worker_addr": {"0": {"0": address}}}}
 
     async def query(request: web.Request) -> web.Response:
         return web.json_response(ranks)
 
+    async def route(request: web.Request) -> web.Response:
+        return web.json_response({"rank_ip": kv.host, "rank_port": side_channel.port})
+
     app = web.Application()
-    app.router.add_get("/query", query)
+    if meets_in_rooms(kv.dialect):
+        app.router.add_get("/route", route)
+    else:
+        app.router.add_get("/query", query)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     await web.TCPSite(runner, kv.host, kv.bootstrap_port).start()
@@ -130,7 +170,7 @@ def bind_release_socket(engine: Engine) -> socket.socket | None:
                 except (ValueError, TypeError):
                     print(f"not a release command: {datagram[:80]!r}", flush=True)
                     continue
-                engine.grants.release(parts)
+                engine.handover.grants.release(parts)
 
     asyncio.get_running_loop().add_reader(listening.fileno(), obey)
     return listening

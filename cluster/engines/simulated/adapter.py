@@ -7,72 +7,89 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cluster.engines.base import Launch, LaunchContext, MetricNames, PortNeed
+from cluster.engines.base import Launch, LaunchContext, MetricNames, PortNeed, Probes
+from cluster.engines.command import head_port
 from cluster.engines.simulated.config import (
     EventsConfig,
     FaultSpec,
     KvConfig,
     KvRole,
+    RanksConfig,
     SimulatedConfig,
+    meets_in_rooms,
 )
+from cluster.engines.simulated.handover import FAKE_BOOTSTRAP_HOST
 from cluster.engines.vllm import kv
 from cluster.engines.vllm.adapter import METRICS
+from cluster.engines.vllm.flags import RENDEZVOUS, rendezvous_ports
 from cluster.errors import InvalidInput
 from cluster.identity import Role
-from cluster.topology.schema import IslandSpec, PoolSpec, SimulatedSpec
+from cluster.topology.schema import ConnectorName, IslandSpec, PoolSpec, SimulatedSpec
 
 SIDE_CHANNEL = "kv_transfer"
 DEFAULT_BLOCK_SIZE_TOKENS = 16
 DEFAULT_MAX_MODEL_LEN_TOKENS = 131_072
 # `engine_args` that this engine knows.
-_FAULTS, _FAULT_ENDPOINT = "faults", "fault-endpoint"
+_FAULTS, _FAULT_ENDPOINT, _SGLANG_METRICS = "faults", "fault-endpoint", "sglang-metrics"
+_KNOWN_ARGS = {_FAULTS, _FAULT_ENDPOINT, _SGLANG_METRICS}
 
 _ROLES: Mapping[Role, KvRole] = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer"}
 
 
 class SimulatedAdapter:
-    """Same API, metrics and dialects as vLLM; see the package."""
+    """vLLM's API and metrics, and whichever connector's flow the island names; see the package."""
 
     name = "simulated"
     metrics: MetricNames = METRICS
 
     def ports(self, pool: PoolSpec, island: IslandSpec) -> tuple[PortNeed, ...]:
         needs = [PortNeed("http"), PortNeed(kv.EVENTS), PortNeed(kv.REPLAY)]
+        needs += rendezvous_ports(pool)
         if kv.moves_kv(pool.role):
             needs.append(PortNeed(SIDE_CHANNEL))
-            if island.connector == "mooncake" and pool.role is Role.PREFILL:
+            if _has_bootstrap(island.connector) and pool.role is Role.PREFILL:
                 needs.append(PortNeed(kv.BOOTSTRAP))
         return tuple(needs)
 
     def launch(self, context: LaunchContext) -> Launch:
         """Raises: InvalidInput."""
-        if context.pool.nodes_per_replica > 1:
-            raise InvalidInput(
-                f"pools[{context.pool.name}].nodes_per_replica: found "
-                f"{context.pool.nodes_per_replica}; a simulated replica has one node; write 1"
-            )
         config = _config(context).model_dump_json(exclude_defaults=True)
         return Launch(
             argv=(context.python, "-m", "cluster.engines.simulated", "--config-json", config),
             env=dict(context.pool.env),
             secret_env={"VLLM_API_KEY": context.engine_key},
+            origins={"--config-json": "keys of the pool, the model and the island as one text"}
+            | {name: f"pool.env.{name}" for name in context.pool.env},
         )
 
+    def probes(self, context: LaunchContext) -> Probes:
+        if kv.moves_kv(context.role) and meets_in_rooms(context.island.connector):
+            alone = {"bootstrap_host": FAKE_BOOTSTRAP_HOST, "bootstrap_room": 0}
+            return Probes(one_token=alone)
+        return Probes()
+
     def kv_address(self, context: LaunchContext) -> Mapping[str, str | int]:
-        return kv.address(context)
+        address = kv.address(context)
+        if kv.BOOTSTRAP in context.ports:
+            address["bootstrap_port"] = context.ports[kv.BOOTSTRAP]
+        return address
 
     def connector_version(self, context: LaunchContext) -> str:
         return f"simulated {context.island.connector} 1"
 
 
+def _has_bootstrap(connector: ConnectorName) -> bool:
+    return connector == "mooncake" or meets_in_rooms(connector)
+
+
 def _config(context: LaunchContext) -> SimulatedConfig:
     pool = context.pool
     args = {name.replace("_", "-"): value for name, value in pool.engine_args.items()}
-    unknown = set(args) - {_FAULTS, _FAULT_ENDPOINT}
+    unknown = set(args) - _KNOWN_ARGS
     if unknown:
         raise InvalidInput(
             f"pools[{pool.name}].engine_args: found {', '.join(sorted(unknown))}; the simulated "
-            f"engine knows {_FAULTS} and {_FAULT_ENDPOINT}"
+            f"engine knows {', '.join(sorted(_KNOWN_ARGS))}"
         )
     timings = pool.simulated or SimulatedSpec()
     limit = context.max_model_len_tokens
@@ -91,7 +108,9 @@ def _config(context: LaunchContext) -> SimulatedConfig:
             endpoint=kv.endpoint(context.host, context.ports[kv.EVENTS]),
             replay_endpoint=kv.endpoint(context.host, context.ports[kv.REPLAY]),
         ),
+        ranks=_ranks(context),
         faults=_faults(pool.name, args.get(_FAULTS) or {}),
+        sglang_metrics=bool(args.get(_SGLANG_METRICS)),
         fault_endpoint=bool(args.get(_FAULT_ENDPOINT)),
     )
 
@@ -101,6 +120,17 @@ def _faults(pool: str, stated: Any) -> FaultSpec:
         return FaultSpec.model_validate(stated)
     except ValidationError as error:
         raise InvalidInput(f"pools[{pool}].engine_args.{_FAULTS}: {error}") from error
+
+
+def _ranks(context: LaunchContext) -> RanksConfig | None:
+    if context.pool.nodes_per_replica == 1:
+        return None
+    return RanksConfig(
+        nodes=context.pool.nodes_per_replica,
+        node_rank=context.node_rank,
+        head_host=context.head_host or context.host,
+        head_port=head_port(context, RENDEZVOUS),
+    )
 
 
 def _kv(context: LaunchContext) -> KvConfig | None:

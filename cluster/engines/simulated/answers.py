@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -31,6 +31,34 @@ def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> 
     }
 
 
+# Stands for the ids of a chunk while its shape is looked for.
+_MARK = 10**18
+
+
+class FastChunk(NamedTuple):
+    """An event around its text and, if there is an `after_ids`, its token ids."""
+
+    before: bytes
+    after_text: bytes
+    after_ids: bytes | None
+
+    def of(self, piece: Piece) -> bytes:
+        text = orjson.dumps(piece.text)
+        if self.after_ids is None:
+            return self.before + text + self.after_text
+        ids = ",".join(map(str, piece.ids)).encode()
+        return self.before + text + self.after_text + ids + self.after_ids
+
+
+class Told:
+    """How much text of each choice was told, for the offsets of completions' logprobs."""
+
+    __slots__ = ("characters",)
+
+    def __init__(self) -> None:
+        self.characters: dict[int, int] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class AnswerShape:
     """What all chunks, or the one body, of an answer have in common."""
@@ -40,21 +68,23 @@ class AnswerShape:
     created_s: int
     model: str
     vocabulary: Vocabulary
+    told: Told = field(default_factory=Told)
 
     def head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created_s, "model": self.model}
 
-    def fast_parts(self) -> tuple[bytes, bytes] | None:
-        """What stands before and after the JSON text in a plain middle chunk of a single choice;
-        None if this request's chunks carry more than text."""
+    def fast_chunk(self) -> FastChunk | None:
+        """How to write a plain middle chunk of a single choice; None if this request's chunks carry
+        more than text and token ids."""
         ask = self.ask
-        if ask.return_token_ids or ask.logprobs is not None or ask.continuous_usage:
+        if ask.logprobs is not None or ask.continuous_usage or ask.n > 1 or len(ask.prompts) > 1:
             return None
-        if ask.n > 1 or len(ask.prompts) > 1:
-            return None
-        marked = self.chunk(0, Piece("\x00", ()))
+        marked = self.chunk(0, Piece("\x00", (_MARK,)))
         before, _, after = marked.partition(b'"\\u0000"')
-        return before, after
+        if not ask.return_token_ids:
+            return FastChunk(before, after, None)
+        between, _, after = after.partition(str(_MARK).encode())
+        return FastChunk(before, between, after)
 
     def opening(self) -> list[bytes]:
         """Chat streams begin with the role, once per choice."""
@@ -89,7 +119,7 @@ class AnswerShape:
             choice["delta"] = {"content": piece.text}
         else:
             choice["text"] = piece.text
-        choice["logprobs"] = self.logprobs(piece.ids)
+        choice["logprobs"] = self.logprobs(piece.ids, index)
         choice["finish_reason"] = piece.finish
         if not self.ask.chat or piece.finish is not None:
             choice["stop_reason"] = piece.stop_reason
@@ -129,7 +159,7 @@ class AnswerShape:
                 }
             else:
                 choice["text"] = piece.text
-            choice["logprobs"] = self.logprobs(piece.ids)
+            choice["logprobs"] = self.logprobs(piece.ids, index)
             choice["finish_reason"] = piece.finish
             choice["stop_reason"] = piece.stop_reason
             choice["token_ids"] = list(piece.ids) if ask.return_token_ids else None
@@ -148,21 +178,23 @@ class AnswerShape:
             body["prompt_token_ids"] = list(ask.prompts[0]) if ask.return_token_ids else None
         return orjson.dumps(body)
 
-    def logprobs(self, ids: Sequence[int]) -> dict[str, Any] | None:
+    def logprobs(self, ids: Sequence[int], index: int = 0) -> dict[str, Any] | None:
         """Made up but well-formed: the chosen token first, its neighbours after it."""
         top = self.ask.logprobs
         if top is None:
             return None
         says = self.vocabulary.says
         ranked = [
-            [(self._word(token), -0.25)]
+            [(self._word(token), -0.25 - token % 16 / 64)]
             + [(self._word(says[(token + k) % len(says)]), -2.0 - k) for k in range(1, top)]
             for token in ids
         ]
         if not self.ask.chat:
             words = [row[0][0] for row in ranked]
+            begun = self.told.characters.get(index, 0)
+            *offsets, self.told.characters[index] = accumulate(map(len, words), initial=begun)
             return {
-                "text_offset": list(accumulate(map(len, words[:-1]), initial=0)) if words else [],
+                "text_offset": offsets,
                 "token_logprobs": [row[0][1] for row in ranked],
                 "tokens": words,
                 "top_logprobs": [dict(row) for row in ranked],

@@ -19,8 +19,15 @@ class KvConfig(Spec):
     engine_id: str = Field(default="", description="Default: a new one at every start.")
     host: str = "127.0.0.1"
     port: int = Field(ge=0, le=65535, description="Side channel; 0: any free port.")
-    bootstrap_port: int = Field(default=0, ge=0, le=65535, description="Mooncake's /query.")
+    bootstrap_port: int = Field(
+        default=0, ge=0, le=65535, description="Mooncake's /query or SGLang's /route; 0: none."
+    )
     lease_s: PositiveFloat = 30.0
+
+
+def meets_in_rooms(dialect: ConnectorName) -> bool:
+    """Whether both engines get the same request, as SGLang's do."""
+    return dialect in ("sglang_mooncake", "sglang_nixl", "sglang_ascend")
 
 
 class EventsConfig(Spec):
@@ -31,6 +38,15 @@ class EventsConfig(Spec):
     topic: str = ""
 
 
+class RanksConfig(Spec):
+    """Which node of a replica that spans several this is, and where rank 0 waits for the others."""
+
+    nodes: int = Field(ge=2)
+    node_rank: NonNegativeInt
+    head_host: str
+    head_port: int = Field(ge=1, le=65535)
+
+
 class FaultSpec(Spec):
     """What is broken. Everything off by default."""
 
@@ -39,9 +55,18 @@ class FaultSpec(Spec):
     )
     hang: bool = Field(default=False, description="Accepts requests, makes no token.")
     slow_factor: PositiveFloat = Field(default=1.0, description="Multiplies every model time.")
-    refuse_prefill: bool = Field(default=False, description="503 to do_remote_decode requests.")
+    refuse_prefill: bool = Field(default=False, description="503 to prefill for a peer.")
     fail_next: NonNegativeInt = Field(default=0, description="500 to the next K generations.")
     fail_transfers: bool = Field(default=False, description="Gives and takes no blocks.")
+    mute_metaserver: bool = Field(
+        default=False, description="Decode tells no metaserver where it wants blocks."
+    )
+    recompute_at_token: int | None = Field(
+        default=None,
+        ge=2,
+        description="Decode gives a request back before its N-th output token, once: finish_reason "
+        "stop, stop_reason recomputed, as vLLM-Ascend's recompute scheduler does.",
+    )
     start_failure: str | None = Field(default=None, description="Last words of a failed start.")
     extra_load_s: NonNegativeFloat = 0.0
 
@@ -60,7 +85,11 @@ class SimulatedConfig(Spec):
     timings: SimulatedSpec = Field(default_factory=SimulatedSpec)
     kv: KvConfig | None = None
     events: EventsConfig | None = None
+    ranks: RanksConfig | None = Field(default=None, description="Only of a replica over nodes.")
     faults: FaultSpec = Field(default_factory=FaultSpec)
+    sglang_metrics: bool = Field(
+        default=False, description="Export SGLang's series besides vLLM's."
+    )
     fault_endpoint: bool = Field(default=False, description="Serve POST /simulate/fault.")
 
     @property

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.engines.simulated.config import FaultSpec
+from cluster.engines.simulated.request import Request
 
 CRASH_EXIT_CODE = 70
 
@@ -45,3 +48,21 @@ class Faults:
             return False
         self.spec = self.spec.model_copy(update={"fail_next": self.spec.fail_next - 1})
         return True
+
+
+class GivenBack:
+    """The requests that were given back to be recomputed; the newest few."""
+
+    def __init__(self) -> None:
+        self._known: deque[tuple[list[int], int]] = deque(maxlen=64)
+
+    def add(self, request: Request, output: Sequence[int]) -> None:
+        self._known.append(([*request.prompt_ids, *output], len(request.prompt_ids)))
+
+    def has(self, request: Request) -> bool:
+        """Whether `request` goes on from one of them: its prompt and some of what it had said."""
+        asked = list(request.prompt_ids)
+        return any(
+            begun < len(asked) <= len(whole) and whole[: len(asked)] == asked
+            for whole, begun in self._known
+        )

@@ -1,4 +1,5 @@
 """Prometheus text under vLLM's names: what pdcluster, dashboards and people look for in vLLM.
+SGLang's names besides, if asked for.
 
 Plain integers, rendered on request: a counter must cost nothing per token at 50,000 tokens/s.
 """
@@ -48,6 +49,7 @@ class Metrics:
     capacity_blocks: int
     dialect: str | None
     speculative_tokens: int
+    speaks_sglang: bool = False
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
@@ -147,4 +149,35 @@ class Metrics:
             histogram("nixl_bytes_transferred", self.transfer_bytes)
             counter("nixl_num_failed_transfers", {"": self.failed_transfers})
             counter("nixl_num_kv_expired_reqs", {"": self.expired_leases})
+        if self.speaks_sglang:
+            lines.extend(self._sglang_lines())
         return "\n".join(lines) + "\n"
+
+    def _sglang_lines(self) -> Iterator[str]:
+        """Names of sgl-project/sglang, python/sglang/srt/observability/metrics_collector.py."""
+        labels = f'model_name="{self.model_name}"'
+        drafts = self.drafts or 1
+        gauges = {
+            "num_running_reqs": self.running,
+            "num_queue_reqs": self.waiting,
+            "token_usage": self.kv_usage,
+            "cache_hit_rate": self.held_tokens / (self.prefix_queries or 1),
+            "spec_accept_length": 1 + sum(self.accepted_at) / drafts if self.drafts else 0.0,
+        }
+        counters = {
+            "num_transfer_failed_reqs_total": self.failed_transfers,
+            "prompt_tokens_total": self.computed_tokens + self.held_tokens + self.external_tokens,
+            "generation_tokens_total": self.generation_tokens,
+            "cached_tokens_total": self.held_tokens,
+        }
+        for kind, values in (("gauge", gauges), ("counter", counters)):
+            for name, value in values.items():
+                yield f"# TYPE sglang:{name} {kind}"
+                yield f"sglang:{name}{{{labels}}} {value}"
+        for name, histogram in (
+            ("time_to_first_token_seconds", self.first_token_s),
+            ("inter_token_latency_seconds", self.between_tokens_s),
+            ("e2e_request_latency_seconds", self.whole_request_s),
+        ):
+            yield f"# TYPE sglang:{name} histogram"
+            yield from histogram.lines(f"sglang:{name}", labels)

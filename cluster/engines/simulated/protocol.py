@@ -72,14 +72,18 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def parse_ask(body: dict[str, Any], chat: bool, model: str, vocabulary: Vocabulary) -> Ask:
-    """Raises: Refused."""
+def parse_ask(
+    body: dict[str, Any], chat: bool, model: str, vocabulary: Vocabulary, in_rooms: bool = False
+) -> Ask:
+    """`in_rooms`: SGLang's fields say where blocks are, and vLLM's are not known.
+
+    Raises: Refused."""
     if body.get("model") not in (None, model):
         raise Refused(f"The model `{body['model']}` does not exist.", "model", 404)
     _check_sampling(body)
     if body.get("echo"):
         raise Refused("echo is not simulated", "echo")
-    kv_params = body.get("kv_transfer_params") or {}
+    kv_params = _room(body) if in_rooms else body.get("kv_transfer_params") or {}
     if not isinstance(kv_params, dict):
         raise Refused("kv_transfer_params is not an object", "kv_transfer_params")
     stream = bool(body.get("stream"))
@@ -116,6 +120,23 @@ def parse_ask(body: dict[str, Any], chat: bool, model: str, vocabulary: Vocabula
     )
 
 
+def _room(body: dict[str, Any]) -> dict[str, Any]:
+    """Raises: Refused."""
+    found = {key: body[key] for key in _ROOM if body.get(key) is not None}
+    for key, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, _ROOM[key]):
+            raise Refused(f"{key} is not a {_ROOM[key].__name__}: {value!r}", key)
+    return found
+
+
+def params_of_prompt(params: dict[str, Any], at: int) -> dict[str, Any]:
+    """Of the request's, those of its prompt number `at`: rooms are numbered on."""
+    if "bootstrap_room" not in params:
+        return dict(params)
+    return {**params, "bootstrap_room": params["bootstrap_room"] + at}
+
+
+_ROOM = {"bootstrap_host": str, "bootstrap_port": int, "bootstrap_room": int}
 # field: (type, lowest, highest)
 _RANGES: dict[str, tuple[type, float, float]] = {
     "temperature": (float, 0.0, math.inf),

@@ -15,8 +15,8 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from cluster.engines.simulated.answers import AnswerShape, Piece, usage_of
-from cluster.engines.simulated.config import SimulatedConfig
-from cluster.engines.simulated.engine import Engine, Request, RequestFailed
+from cluster.engines.simulated.config import SimulatedConfig, meets_in_rooms
+from cluster.engines.simulated.engine import Engine, RequestFailed
 from cluster.engines.simulated.model import Vocabulary
 from cluster.engines.simulated.protocol import (
     Ask,
@@ -25,9 +25,11 @@ from cluster.engines.simulated.protocol import (
     check_length,
     completion_prompts,
     error_body,
+    params_of_prompt,
     parse_ask,
     parse_body,
 )
+from cluster.engines.simulated.request import Request
 from cluster.engines.simulated.stops import StopScanner
 
 # The release whose API this is; what /version answers.
@@ -68,6 +70,8 @@ class Server:
         self._vocabulary: Vocabulary = engine.vocabulary
         self._api_key = api_key.encode()
         self._created_s = int(time.time())
+        kv = self._config.kv
+        self._in_rooms = kv is not None and meets_in_rooms(kv.dialect)
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._guard])
@@ -109,17 +113,21 @@ class Server:
     async def _generate(self, request: web.Request, chat: bool) -> web.StreamResponse:
         body = parse_body(await request.read())
         try:
-            ask = parse_ask(body, chat, self._config.served_model_name, self._vocabulary)
+            ask = parse_ask(
+                body, chat, self._config.served_model_name, self._vocabulary, self._in_rooms
+            )
             check_length(ask, self._config.max_model_len_tokens)
         except Refused:
             kv_params = body.get("kv_transfer_params")
             if isinstance(kv_params, dict):
-                self._engine.reject(kv_params)
+                self._engine.handover.decline(kv_params)
             raise
-        faults = self._engine.faults
+        faults, handover = self._engine.faults, self._engine.handover
+        if handover.lacks_room(ask.kv_params):
+            return error_answer("a disaggregated engine needs a bootstrap room id", 400)
         if faults.take_failure():
             return error_answer("simulated server error", 500)
-        if faults.spec.refuse_prefill and ask.kv_params.get("do_remote_decode"):
+        if faults.spec.refuse_prefill and handover.prefills_for_peer(ask.kv_params):
             return error_answer("simulated refusal of prefill", 503)
         base = request.headers.get("X-Request-Id") or body.get("request_id") or uuid.uuid4().hex
         name = f"{'chatcmpl' if chat else 'cmpl'}-{base}"
@@ -144,7 +152,7 @@ class Server:
             min_tokens=ask.min_tokens,
             ignore_eos=ask.ignore_eos,
             stop_token_ids=ask.stop_token_ids,
-            kv_params=dict(ask.kv_params),
+            kv_params=params_of_prompt(ask.kv_params, at),
             copies=ask.n,
         )
 
@@ -218,7 +226,7 @@ class Server:
     ) -> int:
         """Chunks of one prompt's choices. Returns the number of output tokens of all of them."""
         ask = shape.ask
-        fast = shape.fast_parts()
+        fast = shape.fast_chunk()
         prompt_tokens = len(run.prompt_ids)
         made = 0
         async with aclosing(self._speak(ask, run)) as pieces:
@@ -227,8 +235,9 @@ class Server:
                 if first:
                     for event in shape.opening():
                         await response.write(event)
-                if fast is not None and piece.finish is None:
-                    await response.write(fast[0] + orjson.dumps(piece.text) + fast[1])
+                # The first chunk of a completion may carry the prompt's ids.
+                if fast is not None and piece.finish is None and not first:
+                    await response.write(fast.of(piece))
                     continue
                 given = run.prompt_ids if first and ask.return_token_ids else None
                 usage = None

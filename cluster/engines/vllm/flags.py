@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.engines.base import HostFacts, LaunchContext
+from cluster.engines.base import HostFacts, LaunchContext, PortNeed
+from cluster.engines.command import Flags, head_port
 from cluster.errors import InvalidInput
-from cluster.identity import WorkerId
-
-Flags = dict[str, Any]
+from cluster.topology.schema import PoolSpec
 
 # CPUs that multiply bfloat16 in hardware. Elsewhere it is emulated: 38 prompt tokens/s against
 # 300-400 in float32, measured with SmolLM2-135M on two AVX2 cores.
 _FAST_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-# Below the ports that workers reserve (from 20000 up) and the ephemeral ones.
-_RENDEZVOUS_PORTS = range(15_000, 19_000)
+# Rank 0's, where the nodes of one replica meet.
+RENDEZVOUS = "rendezvous"
 
 
 def argv(flags: Mapping[str, Any]) -> list[str]:
@@ -79,6 +77,11 @@ def capacity_flags(context: LaunchContext) -> Flags:
     }
 
 
+def rendezvous_ports(pool: PoolSpec) -> list[PortNeed]:
+    """Of a replica that spans nodes. Rank 0's is used, the others hold theirs idle."""
+    return [PortNeed(RENDEZVOUS)] if pool.nodes_per_replica > 1 else []
+
+
 def parallel_flags(context: LaunchContext) -> Flags:
     """Ranks inside the replica, and over its nodes. Raises: InvalidInput."""
     parallel, nodes = context.pool.parallel, context.pool.nodes_per_replica
@@ -106,7 +109,7 @@ def _data_parallel_nodes(context: LaunchContext) -> Flags:
     flags: Flags = {
         "data-parallel-size-local": local,
         "data-parallel-address": context.head_host or context.host,
-        "data-parallel-rpc-port": rendezvous_port(context.worker),
+        "data-parallel-rpc-port": head_port(context, RENDEZVOUS),
     }
     if context.node_rank:
         flags |= {"headless": True, "data-parallel-start-rank": context.node_rank * local}
@@ -125,15 +128,9 @@ def _model_parallel_nodes(context: LaunchContext) -> Flags:
         "nnodes": nodes,
         "node-rank": context.node_rank,
         "master-addr": context.head_host or context.host,
-        "master-port": rendezvous_port(context.worker),
+        "master-port": head_port(context, RENDEZVOUS),
         "headless": True if context.node_rank else None,
     }
-
-
-def rendezvous_port(worker: WorkerId) -> int:
-    """Where the nodes of one replica generation meet on rank 0. Every node must know it without
-    asking, so it follows from the worker's id; pools that share a node rarely collide."""
-    return _RENDEZVOUS_PORTS[zlib.crc32(str(worker).encode()) % len(_RENDEZVOUS_PORTS)]
 
 
 def cpu_threads(context: LaunchContext) -> int:
@@ -143,8 +140,3 @@ def cpu_threads(context: LaunchContext) -> int:
     while the other waits."""
     reserved = math.ceil(context.pool.placement.resources.get("CPU", 0))
     return max(reserved, min(2, context.host_facts.cores))
-
-
-def passed_through(context: LaunchContext) -> Flags:
-    """The pool's `engine_args`, one spelling for each."""
-    return {name.replace("_", "-"): value for name, value in context.pool.engine_args.items()}

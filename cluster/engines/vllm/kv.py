@@ -32,9 +32,14 @@ def moves_kv(role: Role) -> bool:
     return role is not Role.MIXED
 
 
+def event_ports(pool: PoolSpec) -> list[PortNeed]:
+    """vLLM adds the data-parallel rank to each of these ports."""
+    return [PortNeed(EVENTS, pool.parallel.data), PortNeed(REPLAY, pool.parallel.data)]
+
+
 def ports(pool: PoolSpec, connector: ConnectorName) -> list[PortNeed]:
     """vLLM adds the data-parallel rank to each of these ports, except the bootstrap's."""
-    needs = [PortNeed(EVENTS, pool.parallel.data), PortNeed(REPLAY, pool.parallel.data)]
+    needs = event_ports(pool)
     if moves_kv(pool.role):
         if connector == "nixl":
             needs.append(PortNeed(NIXL, pool.parallel.data))

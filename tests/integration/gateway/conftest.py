@@ -21,10 +21,18 @@ import pytest
 import uvicorn
 from ports import free_port
 
-from cluster.engines.simulated.config import EventsConfig, KvConfig, SimulatedConfig
+from cluster.engines.simulated.config import (
+    EventsConfig,
+    KvConfig,
+    KvRole,
+    SimulatedConfig,
+    meets_in_rooms,
+)
+from cluster.engines.simulated.handover import FAKE_BOOTSTRAP_HOST
 from cluster.gateway.app import create_app
 from cluster.gateway.auth import hash_key
 from cluster.gateway.config import GatewayConfig
+from cluster.gateway.exchange import Parts
 from cluster.gateway.source import StaticSource
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.models import store
@@ -35,7 +43,14 @@ MODEL = "simulated"
 KEY = "sk-test"
 ENGINE_KEY = "engine-key"
 CONTEXT_TOKENS = 4096
+BLOCK_TOKENS = 16
 ROOT = Path(__file__).parents[3]
+
+_ONE_ROLE_EACH: dict[Role, KvRole] = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer"}
+_BOTH: dict[Role, KvRole] = dict.fromkeys(Role, "kv_both")
+_KV_ROLES = {"nixl": _BOTH, "mooncake": _BOTH}
+# One of each flow: SGLang's backends differ in who moves the bytes, not in what is said.
+FLOWS = ["nixl", "mooncake", "ascend_mooncake", "ascend_layerwise", "sglang_mooncake"]
 
 
 @dataclass
@@ -47,6 +62,7 @@ class Engine:
     process: subprocess.Popen[bytes]
     kv: dict[str, str | int]
     log: Path
+    alone: dict[str, str | int] = field(default_factory=dict)  # fields without which it refuses
 
     def kill(self) -> None:
         self.process.kill()
@@ -56,7 +72,9 @@ class Engine:
         """POST `body`, or GET without one."""
         headers = {"Authorization": f"Bearer {ENGINE_KEY}"}
         async with aiohttp.ClientSession(self.url, headers=headers) as session:
-            call = session.get(path) if body is None else session.post(path, json=body)
+            call = session.get(path)
+            if body is not None:
+                call = session.post(path, json={**self.alone, **body} if "/v1/" in path else body)
             async with call as response:
                 if response.content_type == "application/json":
                     return await response.json()
@@ -94,11 +112,19 @@ class Gateway:
     openai: openai.AsyncOpenAI
     session: aiohttp.ClientSession
     released: list[str]  # ids of requests whose blocks prefill was told to let go of
+    parts: Parts
 
     def publish(self, *workers: WorkerView) -> None:
         """Replace what the gateway knows of the cluster."""
         self.snapshot = replace(self.snapshot, version=self.snapshot.version + 1, workers=workers)
         self.source.publish(self.snapshot)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is kept of any request."""
+        coordinator = self.parts.coordinator
+        held = (coordinator.open_transfers, coordinator.open_leases())
+        return held == (0, 0) and self.parts.metaserver.waiting == 0 and not open_calls()
 
     async def post(
         self, path: str, body: Any, key: str | None = KEY, **headers: str
@@ -120,6 +146,12 @@ class Gateway:
         return total
 
 
+def open_calls() -> list[str]:
+    """Tasks of the gateway's that still call an engine."""
+    names = [task.get_name() for task in asyncio.all_tasks()]
+    return [name for name in names if name.startswith(("prefill ", "decode ", "stage "))]
+
+
 StartEngine = Callable[..., Engine]
 StartGateway = Callable[..., contextlib.AbstractAsyncContextManager[Gateway]]
 
@@ -135,19 +167,33 @@ def engines_in(folder: Path, model_path: str) -> Iterator[StartEngine]:
     started: list[Engine] = []
 
     def start(
-        role: Role = Role.DECODE, dialect: str = "nixl", events: bool = False, **timings: float
+        role: Role = Role.DECODE,
+        dialect: str = "nixl",
+        events: bool = False,
+        block_size_tokens: int = BLOCK_TOKENS,
+        max_model_len_tokens: int = CONTEXT_TOKENS,
+        lease_s: float = 20.0,
+        **timings: float,
     ) -> Engine:
-        bootstrap_port = free_port() if dialect == "mooncake" else 0
+        is_found = dialect == "mooncake" or meets_in_rooms(dialect)
+        bootstrap_port = free_port() if is_found and role is Role.PREFILL else 0
         events_port = free_port() if events else 0
         config = SimulatedConfig(
             port=0,
             served_model_name=MODEL,
             model_path=model_path,
-            max_model_len_tokens=CONTEXT_TOKENS,
+            max_model_len_tokens=max_model_len_tokens,
+            block_size_tokens=block_size_tokens,
             timings=SimulatedSpec(
                 **{"prefill_tokens_per_s": 500_000.0, "decode_step_s": 0.001, **timings}
             ),
-            kv=KvConfig(dialect=dialect, port=0, bootstrap_port=bootstrap_port, lease_s=20.0),
+            kv=KvConfig(
+                dialect=dialect,
+                role=_KV_ROLES.get(dialect, _ONE_ROLE_EACH)[role],
+                port=0,
+                bootstrap_port=bootstrap_port,
+                lease_s=lease_s,
+            ),
             events=EventsConfig(endpoint=f"tcp://127.0.0.1:{events_port}") if events else None,
             fault_endpoint=True,
         )
@@ -162,11 +208,14 @@ def engines_in(folder: Path, model_path: str) -> Iterator[StartEngine]:
                 env={**os.environ, "VLLM_API_KEY": ENGINE_KEY, "PYTHONPATH": str(ROOT)},
             )
         kv: dict[str, str | int] = {}
-        if dialect == "mooncake":
+        if bootstrap_port:
             kv["bootstrap_addr"] = f"http://127.0.0.1:{bootstrap_port}"
+            kv["bootstrap_port"] = bootstrap_port
         if events:
             kv["events"] = f"tcp://127.0.0.1:{events_port}"
         engine = Engine(role, "", process, kv, log)
+        if meets_in_rooms(dialect):
+            engine.alone = {"bootstrap_host": FAKE_BOOTSTRAP_HOST, "bootstrap_room": 0}
         started.append(engine)
         engine.url = f"http://{_address(engine)}"
         return engine
@@ -269,9 +318,10 @@ def start_gateway(model_path: str) -> StartGateway:
         )
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
+        app = create_app(config, source, releaser)
         server = uvicorn.Server(
             uvicorn.Config(
-                create_app(config, source, releaser),
+                app,
                 lifespan="on",
                 ws="none",
                 access_log=False,
@@ -287,7 +337,7 @@ def start_gateway(model_path: str) -> StartGateway:
             while not server.started:
                 assert not serving.done()
                 await asyncio.sleep(0.01)
-            gateway = Gateway(url, source, snapshot, client, session, releaser.asked)
+            gateway = Gateway(url, source, snapshot, client, session, releaser.asked, app._parts)
             if wait_ready:
                 await eventually_ready(gateway)
             try:
@@ -345,7 +395,7 @@ class PairOfEngines:
         )
 
 
-@pytest.fixture(scope="module", params=["nixl", "mooncake"])
+@pytest.fixture(scope="module", params=FLOWS)
 def pair(request: pytest.FixtureRequest, start_shared_engine: StartEngine) -> PairOfEngines:
     dialect: str = request.param
     return PairOfEngines(

@@ -1,103 +1,27 @@
-"""What a connector wants to be told: the `kv_transfer_params` of the prefill and decode calls.
+"""vLLM's MooncakeConnector, as 0.32 and 0.33 speak it.
 
-    nixl      prefill's answer says where its blocks are; decode gets that answer's params.
-    mooncake  we choose a transfer id; prefill answers nothing; decode gets the id, the address of
-              prefill's bootstrap server and the engine id that this server tells.
-
-Both dialects as vLLM 0.32 and 0.33 speak them.
+We choose a transfer id; prefill answers nothing; decode gets the id, the address of prefill's
+bootstrap server and the engine id that this server tells, and pulls.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 
 from cluster.errors import EngineFailed
 from cluster.identity import WorkerId
+from cluster.kv.dialects.base import Fields, PrefillFirst
 from cluster.snapshot import WorkerView
 
 # A bootstrap server answers from memory; one that is slow is one that is going down.
 QUERY_TIMEOUT_S = 5.0
 
-Params = dict[str, Any]
 
-
-class Dialect(Protocol):
-    """One connector. Holds no state per transfer."""
-
-    connector: str
-    # Whether decode keeps prefill's lease alive from the moment it has queued the request.
-    has_heartbeats: bool
-
-    async def prefill_params(self, transfer_id: str, prefill: WorkerView) -> Params:
-        """For the prefill call. Raises: EngineFailed, if prefill cannot be asked what it must."""
-        ...
-
-    def grant(self, prefill: WorkerView, answer: Mapping[str, Any]) -> Params:
-        """What of prefill's answer decode needs. Raises: EngineFailed, if nothing can be pulled."""
-        ...
-
-    async def decode_params(self, transfer_id: str, prefill: WorkerView, grant: Params) -> Params:
-        """For the decode call. Raises: EngineFailed."""
-        ...
-
-    def forget(self, worker: WorkerId) -> None:
-        """`worker` is gone; what was learnt about it is void."""
-        ...
-
-
-class NixlDialect:
-    """See the module."""
-
-    connector = "nixl"
-    has_heartbeats = True
-
-    async def prefill_params(self, transfer_id: str, prefill: WorkerView) -> Params:
-        return {
-            "do_remote_decode": True,
-            "do_remote_prefill": False,
-            "remote_engine_id": None,
-            "remote_block_ids": None,
-            "remote_host": None,
-            "remote_port": None,
-        }
-
-    def grant(self, prefill: WorkerView, answer: Mapping[str, Any]) -> Params:
-        params = answer.get("kv_transfer_params")
-        if not isinstance(params, dict):
-            raise EngineFailed(
-                prefill.id.name,
-                200,
-                "its answer has no kv_transfer_params, so there is nothing to pull; "
-                "does its engine run with the nixl connector?",
-            )
-        missing = [
-            key
-            for key in ("remote_engine_id", "remote_request_id", "remote_host", "remote_port")
-            if not params.get(key)
-        ]
-        if missing:
-            raise EngineFailed(
-                prefill.id.name, 200, f"its kv_transfer_params lack {', '.join(missing)}"
-            )
-        blocks = params.get("remote_block_ids")
-        if not isinstance(blocks, list) or not any(blocks):
-            raise EngineFailed(
-                prefill.id.name, 200, "its kv_transfer_params name no blocks to pull"
-            )
-        return params
-
-    async def decode_params(self, transfer_id: str, prefill: WorkerView, grant: Params) -> Params:
-        return grant
-
-    def forget(self, worker: WorkerId) -> None:
-        """Nothing is remembered."""
-
-
-class MooncakeDialect:
+class MooncakeDialect(PrefillFirst):
     """See the module. Remembers each prefill worker generation's engine id."""
 
     connector = "mooncake"
@@ -110,12 +34,13 @@ class MooncakeDialect:
         self._ask = ask
         self._engine_ids: dict[WorkerId, asyncio.Task[str]] = {}
 
-    async def prefill_params(self, transfer_id: str, prefill: WorkerView) -> Params:
+    async def prefill_fields(self, transfer_id: str, prefill: WorkerView) -> Fields:
         # Asked before prefill has worked for nothing.
         await self._engine_id(prefill)
-        return {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer_id}
+        params = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer_id}
+        return {"kv_transfer_params": params}
 
-    def grant(self, prefill: WorkerView, answer: Mapping[str, Any]) -> Params:
+    def grant(self, prefill: WorkerView, answer: Mapping[str, Any]) -> Fields:
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise EngineFailed(prefill.id.name, 200, "its answer has no choices")
@@ -130,14 +55,15 @@ class MooncakeDialect:
             )
         return {}
 
-    async def decode_params(self, transfer_id: str, prefill: WorkerView, grant: Params) -> Params:
-        return {
+    async def decode_fields(self, transfer_id: str, prefill: WorkerView, grant: Fields) -> Fields:
+        params = {
             "do_remote_decode": False,
             "do_remote_prefill": True,
             "remote_bootstrap_addr": _bootstrap_address(prefill),
             "remote_engine_id": await self._engine_id(prefill),
             "transfer_id": transfer_id,
         }
+        return {"kv_transfer_params": params}
 
     def forget(self, worker: WorkerId) -> None:
         asked = self._engine_ids.pop(worker, None)

@@ -1,0 +1,137 @@
+"""One decode engine's answer to one request: begun, then passed on to the client.
+
+Bytes of a stream are not parsed: only cut at event boundaries, so that what follows a broken event
+is still readable, and given to the request's `course`, which remembers what was sent. Called by:
+gateway.exchange.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from cluster.errors import EngineFailed
+from cluster.gateway.course import RECOMPUTED, Course
+from cluster.gateway.engines import Engines, excerpt, first_piece, next_piece, read
+from cluster.gateway.errors import Headers
+from cluster.gateway.requests import GatewayRequest
+from cluster.gateway.splice import Diverged
+from cluster.gateway.tape import Decode
+from cluster.gateway.upstream import UpstreamResponse
+from cluster.gateway.wire import Responder
+from cluster.observe.gateway_metrics import GatewayMetrics
+from cluster.snapshot import WorkerView
+
+_ERROR_EVENT = b'data: {"error"'
+
+
+class HandedBack(EngineFailed):
+    """The engine is sound and gave the request up half answered, to be recomputed elsewhere."""
+
+
+class Answer:
+    """`begin`, `pass_on`, and `close` whatever happened. A closed one may begin anew."""
+
+    def __init__(
+        self,
+        engines: Engines,
+        metrics: GatewayMetrics,
+        request: GatewayRequest,
+        responder: Responder,
+        began_at: float,
+        decode: Decode,
+    ) -> None:
+        """`began_at`: when the client's request arrived, in the loop's clock. `decode`: ids to
+        text."""
+        self._engines = engines
+        self._metrics = metrics
+        self._request = request
+        self._out = responder
+        self._began_at = began_at
+        self.decode = decode
+        self._response: UpstreamResponse | None = None
+        self._piece = b""
+
+    async def begin(self, worker: WorkerView, body: Mapping[str, Any], request_id: str) -> None:
+        """Call `worker`; return when a stream's first piece, or the whole answer, has come.
+
+        Raises: EngineFailed, Rejected. Cancel: safe; close it then."""
+        sent = orjson.dumps(body)
+        response = await self._engines.open(worker, self._request.endpoint, sent, request_id)
+        self._worker, self._response = worker, response
+        is_stream = self._request.is_stream
+        self._piece = await (first_piece if is_stream else read)(worker, response)
+
+    async def pass_on(self, course: Course) -> None:
+        """Give the client what has begun, to its end.
+
+        Raises: EngineFailed: the engine broke it off; HandedBack. Further text of the same answer
+        may come from another engine then, as `course` says."""
+        response = self._response
+        assert response is not None
+        content_type = response.headers.get(b"content-type", b"application/json")
+        headers = [(b"content-type", content_type)]
+        if self._request.is_stream:
+            await self._stream(response, headers, course)
+            return
+        answer = course.whole(self._piece, self.decode)
+        if answer is None:
+            raise self._handed_back()
+        await self._out.whole(200, answer, headers)
+
+    def close(self) -> None:
+        """Close the call if it is not over, so that the engine stops. May be called twice."""
+        if self._response is not None:
+            self._response.close()
+
+    async def _stream(self, response: UpstreamResponse, headers: Headers, course: Course) -> None:
+        clock = asyncio.get_running_loop().time
+        course.start(self._worker)
+        first_at = clock()
+        if not self._out.is_started:
+            self._metrics.ttft_s.observe(first_at - self._began_at)
+            await self._out.begin_events(200, headers)
+        piece, rest = self._piece, b""
+        gaps = 0
+        while piece:
+            if rest or not piece.endswith(b"\n\n"):
+                piece, rest = _whole_events(rest + piece)
+            if piece:
+                await self._take(piece, course)
+            piece = await next_piece(self._worker, response)
+            gaps += 1
+        if gaps > 1:
+            self._metrics.itl_s.observe((clock() - first_at) / gaps)
+        await self._out.end(rest)
+
+    async def _take(self, piece: bytes, course: Course) -> None:
+        is_handed_back, is_error = RECOMPUTED in piece, _ERROR_EVENT in piece
+        if is_handed_back:
+            piece = piece[: piece.rfind(b"data: ", 0, piece.find(RECOMPUTED))]
+        elif is_error:
+            piece, _, told = piece.partition(_ERROR_EVENT)
+        try:
+            sent = course.take(piece)
+        except Diverged:
+            raise EngineFailed(
+                self._worker.id.name,
+                None,
+                "it was to go on with a broken answer and said something else",
+            ) from None
+        if sent:
+            await self._out.piece(sent)
+        if is_handed_back:
+            raise self._handed_back()
+        if is_error:
+            raise EngineFailed(self._worker.id.name, None, excerpt(_ERROR_EVENT + told))
+
+    def _handed_back(self) -> HandedBack:
+        return HandedBack(self._worker.id.name, None, "it gave the request back to be recomputed")
+
+
+def _whole_events(data: bytes) -> tuple[bytes, bytes]:
+    cut = data.rfind(b"\n\n") + 2
+    return (b"", data) if cut == 1 else (data[:cut], data[cut:])
