@@ -78,6 +78,7 @@ def main() -> None:
     parsed = yaml.safe_load((ROOT / "topologies/local-cpu.yaml").read_text())
     parsed["cluster_name"] = NAME
     parsed["metadata"]["serving"]["gateway"]["port"] = PORT
+    parsed["metadata"]["serving"]["control"] = {"port": PORT + 1}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.yaml"
         file.write_text(yaml.safe_dump(parsed))

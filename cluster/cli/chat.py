@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.cli import output
-from cluster.cli.target import Cluster, Json, running_cluster
+from cluster.cli.target import Cluster, Json, TopologyFile, target
 from cluster.launcher.endpoint import Endpoint
 
 
@@ -16,6 +16,7 @@ def chat(
     question: Annotated[
         str | None, typer.Argument(help="Ask this and end. Without it: a conversation.")
     ] = None,
+    topology: TopologyFile = None,
     cluster: Cluster = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
@@ -26,21 +27,20 @@ def chat(
 
     Example: pdcluster chat "What is the capital of France?"
     """
-    from cluster.launcher import keys
-
-    at = running_cluster(None, cluster)
-    endpoint = Endpoint(at.endpoint, keys.first_key(at.key_file, at.key_env))
+    at = target(topology, cluster)
+    endpoint = at.endpoint()
+    model = at.model or endpoint.model()
     messages = [{"role": "system", "content": system}] if system else []
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     options = {name: value for name, value in options.items() if value is not None}
     if question is None:
         if json:
             raise typer.BadParameter("--json needs a QUESTION")
-        _converse(endpoint, at.model, messages, options)
+        _converse(endpoint, model, messages, options)
         return
     messages.append({"role": "user", "content": question})
     if json:
-        answer = endpoint.chat(at.model, messages, **options)
+        answer = endpoint.chat(model, messages, **options)
         output.print_json(
             {
                 "text": answer.text,
@@ -52,7 +52,7 @@ def chat(
             }
         )
         return
-    for piece in endpoint.chat_stream(at.model, messages, **options):
+    for piece in endpoint.chat_stream(model, messages, **options):
         _write(piece)
     _write("\n")
 

@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 
 from cluster.cli import output
-from cluster.cli.target import Cluster, controller_of, running_cluster
-from cluster.errors import InvalidInput
+from cluster.cli.target import Cluster, TopologyFile, target
+from cluster.control.client import ControlClient
+from cluster.control.wire import MOST_LOG_BYTES
+from cluster.errors import InvalidInput, PeerGone
 from cluster.identity import WorkerId
-from cluster.launcher.running import Running
+from cluster.launcher.target import Target
 from cluster.settings import ClusterPaths
 
 _FOLLOW_S = 0.3
@@ -23,6 +25,7 @@ _LINE_BYTES = 400  # a generous guess, to read no more of a long log than -n ask
 
 def logs(
     worker: Annotated[str, typer.Argument(help="POOL/INDEX, as in decode/0.")],
+    topology: TopologyFile = None,
     cluster: Cluster = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Last lines to show.")] = 100,
@@ -31,21 +34,27 @@ def logs(
 
     Example: pdcluster logs decode/0 -f
     """
-    at = running_cluster(None, cluster)
+    at = target(topology, cluster)
     try:
         wanted = WorkerId.parse(worker)
     except ValueError as error:
         raise InvalidInput(str(error)) from error
-    log = _newest_log(at, wanted)
+    log = _newest_log(at.cluster, wanted) if _is_all_here(at) else None
     if log is None:
-        _remote_logs(at, wanted, follow, lines)
+        _remote_logs(at.control(), wanted, follow, lines)
     else:
-        _local_logs(at, wanted, log, follow, lines)
+        _local_logs(at.cluster, wanted, log, follow, lines)
 
 
-def _newest_log(at: Running, worker: WorkerId) -> Path | None:
+def _is_all_here(at: Target) -> bool:
+    """Whether every worker runs on this machine. On a rack's head, an older log of a worker that
+    runs elsewhere now would be taken for its present one."""
+    return at.here is not None and at.here.own_ray is not None
+
+
+def _newest_log(cluster: str, worker: WorkerId) -> Path | None:
     """The log of the worker's latest generation on this machine, or of the one asked for."""
-    folder = ClusterPaths(at.cluster).logs
+    folder = ClusterPaths(cluster).logs
     generation = worker.generation or "*"
     found = [
         path
@@ -55,7 +64,7 @@ def _newest_log(at: Running, worker: WorkerId) -> Path | None:
     return max(found, key=lambda path: int(path.name.split(".")[1]), default=None)
 
 
-def _local_logs(at: Running, worker: WorkerId, log: Path, follow: bool, lines: int) -> None:
+def _local_logs(cluster: str, worker: WorkerId, log: Path, follow: bool, lines: int) -> None:
     from cluster.workers.logs import read_window
 
     offset = _write_tail(*read_window(log, -lines * _LINE_BYTES, lines * _LINE_BYTES), lines)
@@ -64,26 +73,36 @@ def _local_logs(at: Running, worker: WorkerId, log: Path, follow: bool, lines: i
         _write(data)
         if data:
             continue
-        newest = _newest_log(at, worker)
+        newest = _newest_log(cluster, worker)
         if newest is not None and newest != log:
             log, offset = newest, 0
             output.err.print(f"[dim]--- {worker.name} was restarted: {log.name}[/dim]")
         time.sleep(_FOLLOW_S)
 
 
-def _remote_logs(at: Running, worker: WorkerId, follow: bool, lines: int) -> None:
-    """From the node that runs the worker, by way of the controller."""
-    from cluster.launcher import local_ray
-
-    with local_ray.connected(at):
-        client = controller_of(at)
-        window = client.read_log(worker.name, -lines * _LINE_BYTES, lines * _LINE_BYTES)
-        offset = _write_tail(*window, lines)
-        while follow:
-            data, offset = client.read_log(worker.name, offset, _CHUNK_BYTES)
-            _write(data)
-            if not data:
-                time.sleep(_FOLLOW_S)
+def _remote_logs(control: ControlClient, worker: WorkerId, follow: bool, lines: int) -> None:
+    """From the node that runs the worker, by way of the control API."""
+    most = min(lines * _LINE_BYTES, MOST_LOG_BYTES)
+    try:
+        window = control.read_log(worker, -most, max(1, most))
+    except PeerGone as error:
+        error.add_note("`pdcluster status` shows why, and the last words of one that failed")
+        raise
+    offset, generation = _write_tail(window.data, window.next_offset, lines), window.generation
+    while follow:
+        try:
+            window = control.read_log(worker, offset, _CHUNK_BYTES)
+        except PeerGone:  # it is being replaced
+            time.sleep(_FOLLOW_S)
+            continue
+        if window.generation != generation:
+            offset, generation = 0, window.generation
+            output.err.print(f"[dim]--- {worker.name} was restarted: generation {generation}[/dim]")
+            continue
+        _write(window.data)
+        offset = window.next_offset
+        if not window.data:
+            time.sleep(_FOLLOW_S)
 
 
 def _write_tail(data: bytes, offset: int, lines: int) -> int:

@@ -18,7 +18,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from cluster import __version__
-from cluster.cli import chat, demo, files, lifecycle, logs, output, status
+from cluster.cli import chat, demo, doctor, files, lifecycle, logs, output, status
 from cluster.cli.target import Json
 from cluster.errors import ClusterError, InvalidInput
 
@@ -53,6 +53,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     files.validate,
     files.render,
     files.schema,
+    doctor.doctor,
     demo.demo,
     version,
 )

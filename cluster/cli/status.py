@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from cluster.cli import output
-from cluster.cli.target import Cluster, Json, MaybeFile, controller_of, running_cluster
+from cluster.cli.target import Cluster, Json, MaybeFile, TopologyFile, target
 from cluster.errors import ClusterError
-from cluster.launcher.running import Running
+from cluster.launcher.target import Target
 
 
 def status(file: MaybeFile = None, cluster: Cluster = None, json: Json = False) -> None:
@@ -20,13 +20,9 @@ def status(file: MaybeFile = None, cluster: Cluster = None, json: Json = False) 
     Example: pdcluster status --json
     """
     from cluster.cli import status_view
-    from cluster.launcher import local_ray
 
-    at = running_cluster(file, cluster)
-    if at.phase != "up" and not at.ray_address:
-        raise ClusterError(f"cluster {at.cluster} is starting (or its `up` was killed)")
-    with local_ray.connected(at):
-        found = controller_of(at).status()
+    at = target(file, cluster)
+    found = at.control().status()
     view = status_view.of(at, found, _exposition(at), time.time())
     if json:
         output.print_json(view)
@@ -36,6 +32,7 @@ def status(file: MaybeFile = None, cluster: Cluster = None, json: Json = False) 
 
 def transfers(
     request_id: Annotated[str, typer.Argument(help="x-request-id of an answer.")],
+    topology: TopologyFile = None,
     cluster: Cluster = None,
     json: Json = False,
 ) -> None:
@@ -43,11 +40,7 @@ def transfers(
 
     Example: pdcluster transfers 38a9c8731d56499e9a082
     """
-    from cluster.launcher import local_ray
-
-    at = running_cluster(None, cluster)
-    with local_ray.connected(at):
-        records = controller_of(at).transfers(request_id)
+    records = target(topology, cluster).control().transfers(request_id)
     if json:
         output.print_json([asdict(record) for record in records])
         return
@@ -61,12 +54,9 @@ def transfers(
         output.out.print(f"no worker remembers a transfer of request {request_id}")
 
 
-def _exposition(at: Running) -> str:
+def _exposition(at: Target) -> str:
     """The gateway's metrics; "" if it does not tell them."""
-    from cluster.launcher import keys
-    from cluster.launcher.endpoint import Endpoint
-
     try:
-        return Endpoint(at.endpoint, keys.first_key(at.key_file, at.key_env)).metrics()
+        return at.endpoint().metrics()
     except ClusterError:
         return ""

@@ -14,40 +14,45 @@ from rich.table import Table
 
 from cluster.cli import output
 from cluster.cli.ttft import ttft_s
-from cluster.control.events import Recorded
+from cluster.control.events import Told
 from cluster.control.state import ClusterStatus, LinkStatus
 from cluster.identity import WorkerState
-from cluster.launcher.running import Running
+from cluster.launcher.target import Target
 from cluster.workers.report import WorkerReport
 
 _EVENTS_DRAWN = 8
 
 
-def of(at: Running, found: ClusterStatus, exposition: str, now_s: float) -> dict[str, Any]:
+def of(at: Target, found: ClusterStatus, exposition: str, now_s: float) -> dict[str, Any]:
     """`exposition`: the gateway's metrics, or "". `now_s`: wall clock."""
+    here = at.here
+    endpoint = at.endpoint_url
     return {
         "cluster": found.cluster,
-        "phase": at.phase,
+        "phase": here.phase if here is not None else "up",
         "model": found.model,
-        "endpoint": at.endpoint,
+        "endpoint": endpoint if isinstance(endpoint, str) else None,
         "version": found.version,
-        "up_for_s": round(now_s - at.started_at_s, 1),
+        # Known where `up` ran.
+        "up_for_s": round(now_s - here.started_at_s, 1) if here is not None else None,
         "controller_up_for_s": round(now_s - found.controller_started_at_s, 1),
         "ttft_s": {"p50": ttft_s(exposition, 0.5), "p95": ttft_s(exposition, 0.95)},
         "pools": [asdict(pool) for pool in found.pools],
         "workers": [_worker(report, now_s) for report in found.workers],
         "failed": [asdict(slot) for slot in found.failed],
         "links": [_link(state) for state in found.links],
-        "events": [_event(recorded) for recorded in found.events],
+        "events": [_event(told) for told in found.events],
     }
 
 
 def draw(view: dict[str, Any]) -> None:
     """Tables on stdout."""
     print_ = output.out.print
+    endpoint = f"{view['endpoint']}/v1" if view["endpoint"] else "endpoint not known here"
+    up_for_s = view["controller_up_for_s"] if view["up_for_s"] is None else view["up_for_s"]
     print_(
-        f"[bold]{view['cluster']}[/bold]  {view['model']}  {view['endpoint']}/v1  "
-        f"up for {output.span_text(view['up_for_s'])}"
+        f"[bold]{view['cluster']}[/bold]  {view['model']}  {endpoint}  "
+        f"up for {output.span_text(up_for_s)}"
     )
     ttft = view["ttft_s"]
     if ttft["p50"] is not None:
@@ -100,12 +105,14 @@ def _link(state: LinkStatus) -> dict[str, Any]:
     }
 
 
-def _event(recorded: Recorded) -> dict[str, Any]:
+def _event(told: Told) -> dict[str, Any]:
     return {
-        "at_s": recorded.at_s,
-        "time": time.strftime("%H:%M:%S", time.localtime(recorded.at_s)),
-        "kind": type(recorded.event).__name__,
-        "text": str(recorded),
+        "at_s": told.at_s,
+        "time": time.strftime("%H:%M:%S", time.localtime(told.at_s)),
+        "kind": told.kind,
+        "subject": told.subject,
+        "text": told.text,
+        "fields": dict(told.fields),
     }
 
 

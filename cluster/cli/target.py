@@ -1,4 +1,7 @@
-"""Which cluster a command is about: a topology file, a name, or the only one that runs."""
+"""Which cluster a command is about: a topology file, a name, or the only one that runs.
+
+Commands that have an argument of their own take the file by `--topology`.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.errors import ClusterError
-from cluster.launcher import running
-from cluster.launcher.running import Running
-
 if TYPE_CHECKING:
-    from cluster.control.actor import ControllerClient
+    from cluster.launcher.target import Target
 
 File = Annotated[Path, typer.Argument(help="Topology file.", show_default=False)]
 MaybeFile = Annotated[
     Path | None,
     typer.Argument(help="Topology file of the cluster. Default: the one that runs."),
+]
+TopologyFile = Annotated[
+    Path | None,
+    typer.Option("--topology", help="Topology file of the cluster. Default: the one that runs."),
 ]
 Cluster = Annotated[
     str | None, typer.Option("--cluster", "-c", help="Name of the cluster, instead of FILE.")
@@ -36,18 +39,10 @@ def cluster_name(file: Path | None, cluster: str | None) -> str | None:
     return loader.load(file).cluster_name
 
 
-def running_cluster(file: Path | None, cluster: str | None) -> Running:
-    """Raises: NotRunning, ClusterError: several run; TopologyError."""
-    return running.choose(cluster_name(file, cluster))
+def target(file: Path | None, cluster: str | None) -> Target:
+    """Raises: NotRunning, ClusterError: several run; TopologyError; typer.BadParameter."""
+    if file is not None and cluster is not None:
+        raise typer.BadParameter("give a topology file or --cluster, not both")
+    from cluster.launcher.target import resolve
 
-
-def controller_of(at: Running) -> ControllerClient:
-    """The cluster's controller; Ray must be connected. Raises: ClusterError: there is none."""
-    from cluster.control import actor as controller
-
-    client = controller.find(at.cluster)
-    if client is None:
-        raise ClusterError(
-            f"cluster {at.cluster} has no controller; it is not up yet, or its Ray was ended"
-        )
-    return client
+    return resolve(file, cluster)

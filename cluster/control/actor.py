@@ -1,10 +1,11 @@
 """The controller as a Ray actor: start it, find it, talk to it, end it.
 
 All `.remote()` calls to the controller are here, but for the gateways' long-poll
-(gateway.source). The actor is detached and restarts whatever killed it; its state is elsewhere
-(control.store). The caller's Ray namespace must be `settings.ray_namespace(cluster)`.
+(gateway.source). The actor is detached, lives on the head node, and restarts whatever killed it;
+its state is elsewhere (control.store). It serves the control API itself (control.api_server). The
+caller's Ray namespace must be `settings.ray_namespace(cluster)`.
 
-ControllerClient blocks; it is for the launcher and the CLI.
+ControllerClient blocks; it is for the launcher, on the head. Others use the control API.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Any
 import ray
 from ray import exceptions as ray_exceptions
 
+from cluster.control.api_server import ApiServer
 from cluster.control.clock import SystemClock
 from cluster.control.controller import Controller
 from cluster.control.state import ClusterStatus, DesiredState
-from cluster.control.store import RayKeyValue, Store
+from cluster.control.store import ApiAccess, RayKeyValue, Store
 from cluster.errors import ClusterError, PeerGone
 from cluster.identity import WorkerId
 from cluster.settings import CONTROLLER_ACTOR, ray_namespace
-from cluster.transfers import TransferRecord
 from cluster.workers import handle as workers
 from cluster.workers.handle import WorkerHandle
 from cluster.workers.spec import WorkerSpec
@@ -32,6 +33,8 @@ from cluster.workers.spec import WorkerSpec
 # A restarting controller imports Ray and finds its workers before it answers.
 ANSWER_BOUND_S = 30.0
 _STOP_BOUND_S = 30.0
+# Ray's own resource of the head node. A sliver: it binds the actor to the node, and takes nothing.
+_ON_HEAD = {"node:__internal_head__": 0.001}
 
 
 class RayWorkers:
@@ -51,13 +54,29 @@ class RayWorkers:
 
 
 class ControllerActor(Controller):
-    """What Ray runs: a Controller that begins by itself, also after a restart."""
+    """What Ray runs: a Controller that begins by itself, also after a restart, and its API."""
 
     # Ray awaits a coroutine __init__ in the actor's own event loop.
     async def __init__(self, cluster: str) -> None:  # type: ignore[misc]
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         super().__init__(cluster, RayWorkers(), Store(RayKeyValue(cluster)), SystemClock())
         self._running = asyncio.create_task(self.run(), name=f"run {cluster}")
+        self._api: ApiServer | None = None
+        access = await asyncio.to_thread(self._store.api_access)
+        if access is not None:
+            self._api = ApiServer(self, access)
+            self._serving = asyncio.create_task(self._api.run(), name=f"API of {cluster}")
+
+    async def apply(self, desired: DesiredState) -> None:
+        """As Controller.apply; also takes the token that the store holds now."""
+        await super().apply(desired)
+        access = await asyncio.to_thread(self._store.api_access)
+        if access is not None and self._api is not None:
+            self._api.take(access)
+
+    async def api_problem(self) -> str:
+        """Why the control API does not answer; "" if it does."""
+        return self._api.problem if self._api is not None else "it was started without one"
 
 
 class ControllerClient:
@@ -69,21 +88,17 @@ class ControllerClient:
     def apply(self, desired: DesiredState) -> None:
         self._ask(self._actor.apply.remote(desired), ANSWER_BOUND_S)
 
-    def status(self, bound_s: float = ANSWER_BOUND_S) -> ClusterStatus:
-        found: ClusterStatus = self._ask(self._actor.status.remote(), bound_s)
+    def desired(self) -> DesiredState | None:
+        found: DesiredState | None = self._ask(self._actor.desired.remote(), ANSWER_BOUND_S)
         return found
 
-    def transfers(self, request_id: str) -> list[TransferRecord]:
-        found: list[TransferRecord] = self._ask(
-            self._actor.transfers.remote(request_id), ANSWER_BOUND_S
-        )
+    def status(self) -> ClusterStatus:
+        found: ClusterStatus = self._ask(self._actor.status.remote(), ANSWER_BOUND_S)
         return found
 
-    def read_log(self, worker: str, offset: int, limit_bytes: int) -> tuple[bytes, int]:
-        """As Controller.read_log."""
-        found: tuple[bytes, int] = self._ask(
-            self._actor.read_log.remote(worker, offset, limit_bytes), ANSWER_BOUND_S
-        )
+    def api_problem(self) -> str:
+        """As ControllerActor.api_problem."""
+        found: str = self._ask(self._actor.api_problem.remote(), ANSWER_BOUND_S)
         return found
 
     def shutdown(self, grace_s: float) -> None:
@@ -103,10 +118,13 @@ class ControllerClient:
             raise PeerGone("the controller", str(error).partition("\n")[0]) from error
 
 
-def start(cluster: str, engine_key: str) -> ControllerClient:
-    """Start the cluster's controller, or find the one that runs. `engine_key` goes to the
-    key-value store, never through the actor's arguments, which Ray shows and logs."""
-    Store(RayKeyValue(cluster)).put_engine_key(engine_key)
+def start(cluster: str, engine_key: str, access: ApiAccess) -> ControllerClient:
+    """Start the cluster's controller, or find the one that runs. The secrets go to the key-value
+    store, never through the actor's arguments, which Ray shows and logs; a controller that runs
+    takes them with the next `apply`."""
+    store = Store(RayKeyValue(cluster))
+    store.put_engine_key(engine_key)
+    store.put_api_access(access)
     actor = (
         ray.remote(ControllerActor)
         .options(
@@ -118,6 +136,7 @@ def start(cluster: str, engine_key: str) -> ControllerClient:
             # A call that met a controller in the middle of its restart is sent again.
             max_task_retries=-1,
             num_cpus=0,
+            resources=_ON_HEAD,
             # Gateways wait inside `next_snapshot`, each taking a place.
             max_concurrency=10_000,
         )

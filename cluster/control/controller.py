@@ -37,7 +37,7 @@ from cluster.control.events import (
 from cluster.control.fleet import Tracked, Workers
 from cluster.control.overview import cluster_status, failed_slots
 from cluster.control.reconcile import Drain, PoolWanted, Slot, SlotKey, Start
-from cluster.control.state import ClusterStatus, DesiredState
+from cluster.control.state import ClusterStatus, DesiredState, LogWindow
 from cluster.control.store import Store
 from cluster.errors import ClusterError, PeerGone
 from cluster.identity import Role, WorkerId, WorkerState
@@ -111,6 +111,11 @@ class Controller:
             await self._restore()
             await self._tick()
 
+    async def desired(self) -> DesiredState | None:
+        """The state to reach; None before the first `apply`."""
+        await self._restored()
+        return self._desired
+
     async def apply(self, desired: DesiredState) -> None:
         """Make `desired` the state to reach, durably. Returns before it is reached.
 
@@ -121,6 +126,8 @@ class Controller:
             # Or an older state, read meanwhile, would take the place of this one.
             await self._restore()
             self._engine_key = await asyncio.to_thread(self._store.engine_key)
+            if desired == self._desired:
+                return
             await asyncio.to_thread(self._store.put_desired, desired)
             self._desired = desired
         replicas = sum(pool.replicas.initial for pool in desired.serving.pools)
@@ -129,6 +136,7 @@ class Controller:
 
     async def status(self) -> ClusterStatus:
         """All that is known now. Asks no worker."""
+        await self._restored()
         reports = self._reports()
         failed = failed_slots(self._slots, reports, self._last_words, self._clock.now_s())
         return cluster_status(
@@ -154,6 +162,7 @@ class Controller:
 
     async def transfers(self, request_id: str) -> list[TransferRecord]:
         """Records of all workers whose request id contains `request_id`, by time."""
+        await self._restored()
         found = await asyncio.gather(
             *(tracked.handle.transfers(0) for tracked in self._in_order() if tracked.handle),
             return_exceptions=True,
@@ -167,14 +176,16 @@ class Controller:
         ]
         return sorted(records, key=lambda record: record.at_s)
 
-    async def read_log(self, worker: str, offset: int, limit_bytes: int) -> tuple[bytes, int]:
+    async def read_log(self, worker: str, offset: int, limit_bytes: int) -> LogWindow:
         """Bytes of the log of the worker's (POOL/INDEX) present engine, as WorkerHandle.read_log.
 
         Raises: PeerGone: there is no such worker now, or it does not answer."""
+        await self._restored()
         wanted = WorkerId.parse(worker)
         for tracked in reversed(self._in_order()):
             if tracked.id.name == wanted.name and tracked.handle is not None:
-                return await tracked.handle.read_log(offset, limit_bytes)
+                data, after = await tracked.handle.read_log(offset, limit_bytes)
+                return LogWindow(data, after, tracked.id.generation)
         raise PeerGone(worker, "no such worker runs now")
 
     async def shutdown(self, grace_s: float) -> None:
@@ -195,6 +206,12 @@ class Controller:
         await asyncio.gather(*(self._end(worker, grace_s) for worker in sorted(left)))
         await asyncio.gather(*self._deeds, return_exceptions=True)
         self._tracked.clear()
+
+    async def _restored(self) -> None:
+        """What is told before the first step must not be that there is nothing."""
+        if not self._is_restored and not self._is_over:
+            async with self._turn:
+                await self._restore()
 
     async def _restore(self) -> None:
         """State from the store, workers from Ray; once in a controller's life."""

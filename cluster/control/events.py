@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 from cluster.identity import WorkerId, WorkerState
@@ -102,6 +102,17 @@ Event = (
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """An event as it leaves the controller: in words, and in plain fields for programs."""
+
+    at_s: float  # wall clock
+    kind: str  # the event's class: WorkerRemoved
+    subject: str  # the worker, link or cluster that it is about
+    text: str
+    fields: Mapping[str, int | float | str | None]  # further ones
+
+
+@dataclass(frozen=True, slots=True)
 class Recorded:
     """An event and when it happened (wall clock)."""
 
@@ -110,6 +121,17 @@ class Recorded:
 
     def __str__(self) -> str:
         return describe(self.event)
+
+    def told(self) -> Told:
+        event = self.event
+        subject, *rest = (field.name for field in fields(event))
+        return Told(
+            at_s=self.at_s,
+            kind=type(event).__name__,
+            subject=str(getattr(event, subject)),
+            text=describe(event),
+            fields={name: _plain(getattr(event, name)) for name in rest},
+        )
 
 
 class EventLog:
@@ -133,6 +155,10 @@ def describe(event: Event) -> str:
     verb = "".join(f" {char.lower()}" if char.isupper() else char for char in type(event).__name__)
     said = " ".join(f"{field.name}={_shown(getattr(event, field.name))}" for field in rest)
     return f"{getattr(event, subject.name)} {' '.join(verb.split()[1:])} {said}".rstrip()
+
+
+def _plain(value: object) -> int | float | str | None:
+    return value if value is None or isinstance(value, int | float) else str(value)
 
 
 def _shown(value: object) -> str:

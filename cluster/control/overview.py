@@ -43,7 +43,7 @@ def cluster_status(
         workers=tuple(reports),
         failed=tuple(failed),
         links=snapshots.links(desired, reports) if desired is not None else (),
-        events=events,
+        events=tuple(recorded.told() for recorded in events),
     )
 
 

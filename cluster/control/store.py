@@ -1,5 +1,6 @@
 """What the controller must not forget, in Ray's GCS key-value store: desired state, the engines'
-key, the generation of every slot, and how far snapshot versions have been given out.
+key, the control API's address and token, the generation of every slot, and how far snapshot
+versions have been given out.
 
 The store lives in the head's GCS process: it outlives every actor, and ends with the Ray cluster.
 Called by: control.controller, control.actor, and the launcher through control.actor.
@@ -9,12 +10,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from cluster.control.reconcile import Slot, SlotKey
 from cluster.control.state import DesiredState
 
 _RAY_KV_NAMESPACE = b"pdcluster"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiAccess:
+    """Where the control API listens, and the token it asks for."""
+
+    host: str
+    port: int
+    token: str = field(repr=False)
 
 
 class KeyValue(Protocol):
@@ -59,6 +70,7 @@ class Store:
 
     _DESIRED = "desired"
     _ENGINE_KEY = "engine-key"
+    _API_ACCESS = "api-access"
     _SLOTS = "slots"
     _VERSIONS = "versions-given-out"
 
@@ -77,6 +89,13 @@ class Store:
 
     def put_engine_key(self, key: str) -> None:
         self._entries.put(self._ENGINE_KEY, key.encode())
+
+    def api_access(self) -> ApiAccess | None:
+        found = self._entries.get(self._API_ACCESS)
+        return ApiAccess(**json.loads(found)) if found is not None else None
+
+    def put_api_access(self, access: ApiAccess) -> None:
+        self._entries.put(self._API_ACCESS, json.dumps(asdict(access)).encode())
 
     def slots(self) -> dict[SlotKey, Slot]:
         """Generations and failures in a row. Pauses are not kept: a new controller's first
@@ -101,5 +120,8 @@ class Store:
 
     def forget(self) -> None:
         """Delete all: the cluster is over, and its gateways are stopped."""
-        for key in (self._DESIRED, self._ENGINE_KEY, self._SLOTS, self._VERSIONS):
+        for key in (
+            *(self._DESIRED, self._ENGINE_KEY, self._API_ACCESS),
+            *(self._SLOTS, self._VERSIONS),
+        ):
             self._entries.delete(key)

@@ -121,12 +121,10 @@ def _start_direct(config: GatewayConfig, count: int) -> None:
         running = []
     if not running:
         _check_port_is_free(config.host, config.port)
-    # On loopback only this node's clients can reach a replica; else let nodes share the work.
-    strategy: Any = "SPREAD"
-    if config.host.startswith(_LOOPBACK):
-        strategy = NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        )
+    # On loopback only this node's clients can reach a replica; else let nodes share the work, but
+    # keep one here: this node's address is the one that people are told.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    stays_here = config.host.startswith(_LOOPBACK)
     replicas = [
         ray.remote(GatewayReplica)
         .options(
@@ -137,7 +135,7 @@ def _start_direct(config: GatewayConfig, count: int) -> None:
             max_restarts=-1,
             num_cpus=0,
             max_concurrency=64,
-            scheduling_strategy=strategy,
+            scheduling_strategy=here if stays_here or index == 0 else "SPREAD",
         )
         .remote(config)
         for index in range(count)

@@ -47,6 +47,11 @@ class Metaserver:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Where it listens, if it does."""
+        return None if self._runner is None else (self._host, self._port)
+
     async def start(self) -> None:
         """Listen, on a port that the kernel chooses. May be called again: it listens once.
 

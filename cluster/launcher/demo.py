@@ -9,9 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.errors import ClusterError
-from cluster.launcher import keys, local_ray
-from cluster.launcher.endpoint import Answer, Endpoint
+from cluster.launcher import target
+from cluster.launcher.endpoint import Answer
 from cluster.launcher.running import Running
 from cluster.transfers import TransferRecord
 
@@ -38,31 +37,27 @@ class Demo:
 
 def ask(at: Running) -> Demo:
     """Greedy, so that the same model gives the same answer. Raises: ClusterError."""
-    endpoint = Endpoint(at.endpoint, keys.first_key(at.key_file, at.key_env))
+    cluster = target.of_running(at)
+    endpoint = cluster.endpoint()
     begun_s = time.monotonic()
     answer = endpoint.chat(
         at.model, [{"role": "user", "content": QUESTION}], temperature=0, max_tokens=48
     )
     took_s = time.monotonic() - begun_s
     made = int(answer.usage.get("completion_tokens", 0))
-    with local_ray.connected(at):
-        from cluster.control import actor as controller
-
-        client = controller.find(at.cluster)
-        if client is None:
-            raise ClusterError(f"cluster {at.cluster} has no controller")
-        deadline_s = time.monotonic() + _RECORD_BOUND_S
-        while True:
-            records = arrived(client.transfers(answer.request_id))
-            counters = [
-                report.counters
-                for report in client.status().workers
-                if report.id.name == answer.decode
-            ]
-            is_counted = any(c.generation_tokens >= made for c in counters)
-            if (records and is_counted) or time.monotonic() > deadline_s:
-                break
-            time.sleep(_POLL_S)
+    control = cluster.control()
+    deadline_s = time.monotonic() + _RECORD_BOUND_S
+    while True:
+        records = arrived(control.transfers(answer.request_id))
+        counters = [
+            report.counters
+            for report in control.status().workers
+            if report.id.name == answer.decode
+        ]
+        is_counted = any(c.generation_tokens >= made for c in counters)
+        if (records and is_counted) or time.monotonic() > deadline_s:
+            break
+        time.sleep(_POLL_S)
     return Demo(
         question=QUESTION,
         answer=answer,

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import http.client
 import json
-import urllib.parse
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.control.client import connect
 from cluster.errors import ClusterError
 
 _TIMEOUT_S = 600.0
+_CONNECT_BOUND_S = 5.0
 
 
 class EndpointError(ClusterError):
@@ -49,6 +50,26 @@ class Endpoint:
         except OSError as error:
             return str(error)
         return "" if response.status == 200 else f"{response.status}: {body[:300]}"
+
+    def why_silent(self) -> str:
+        """ "" if a gateway answers, with workers or without, else what the network says."""
+        try:
+            response = self._send("GET", "/health", None, timeout_s=5.0)
+            response.read()
+        except OSError as error:
+            return str(error)
+        return "" if response.status == 200 else f"{response.status}"
+
+    def model(self) -> str:
+        """The name of the model that is served. Raises: EndpointError."""
+        try:
+            response = self._send("GET", "/v1/models", None, timeout_s=5.0)
+            body = response.read()
+        except OSError as error:
+            raise EndpointError(f"{self.url} does not answer ({error})") from error
+        if response.status != 200:
+            raise EndpointError(f"{self.url}: {response.status} {_message(body)}")
+        return str(json.loads(body)["data"][0]["id"])
 
     def metrics(self) -> str:
         """The gateway's own Prometheus text. Raises: EndpointError."""
@@ -112,15 +133,12 @@ class Endpoint:
     def _send(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
     ) -> http.client.HTTPResponse:
-        address = urllib.parse.urlsplit(self.url)
-        connection = http.client.HTTPConnection(
-            address.hostname or "", address.port, timeout=timeout_s
-        )
         headers = {"content-type": "application/json", "connection": "close"}
         if self._key is not None:
             headers["authorization"] = f"Bearer {self._key}"
         data = None if body is None else json.dumps(body).encode()
         try:
+            connection = connect(self.url, _CONNECT_BOUND_S, timeout_s)
             connection.request(method, path, data, headers)
             return connection.getresponse()
         except http.client.HTTPException as error:

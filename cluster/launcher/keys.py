@@ -1,4 +1,5 @@
-"""Secrets of a cluster: the endpoint's API keys, the engines' key, Ray's token.
+"""Secrets of a cluster: the endpoint's API keys, the control API's token, the engines' key, Ray's
+token.
 
 Each is a file that only its user can read, made once and kept; none is ever in argv, in a log, or
 in the topology.
@@ -15,7 +16,7 @@ from pathlib import Path
 from cluster.errors import InvalidInput
 from cluster.gateway.auth import key_hashes
 from cluster.settings import ClusterPaths
-from cluster.topology.schema import AuthSpec
+from cluster.topology.schema import AuthSpec, ControlSpec
 
 _KEY_BYTES = 32
 
@@ -46,11 +47,49 @@ def endpoint_hashes(
         return None
     if auth.keys_file is None and auth.keys_env is None:
         kept_secret(paths.api_key, prefix="pdc-")
+    if auth.keys_file is not None:
+        auth = auth.model_copy(update={"keys_file": auth.keys_file.expanduser()})
     found = key_hashes(auth, paths.api_key)
-    file = auth.keys_file or (None if auth.keys_env else paths.api_key)
+    _warn_if_open(api_key_file(auth, paths), warn)
+    return found
+
+
+def api_key_file(auth: AuthSpec, paths: ClusterPaths) -> Path | None:
+    """The file that holds the endpoint's keys; None if they are in a variable."""
+    return _file(auth.keys_file, auth.keys_env, paths.api_key)
+
+
+def control_token(control: ControlSpec, paths: ClusterPaths, warn: Callable[[str], None]) -> str:
+    """The token of the control API; made if the topology says nothing of where it is.
+
+    Raises: InvalidInput: the file or variable that the topology names holds none."""
+    file = token_file(control, paths)
+    if file == _made_token_file(paths):
+        return kept_secret(file, prefix="pdctl-")
+    token = first_key(str(file) if file is not None else None, control.token_env)
+    assert token is not None  # one of the two is given
+    _warn_if_open(file, warn)
+    return token
+
+
+def token_file(control: ControlSpec, paths: ClusterPaths) -> Path | None:
+    """The file that holds the control API's token; None if it is in a variable."""
+    return _file(control.token_file, control.token_env, _made_token_file(paths))
+
+
+def _made_token_file(paths: ClusterPaths) -> Path:
+    return paths.state / "control-token"
+
+
+def _file(stated: Path | None, variable: str | None, made: Path) -> Path | None:
+    if variable is not None:
+        return None
+    return stated.expanduser().absolute() if stated is not None else made
+
+
+def _warn_if_open(file: Path | None, warn: Callable[[str], None]) -> None:
     if file is not None and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         warn(f"{file} can be read by others; make it yours alone: chmod 600 {file}")
-    return found
 
 
 def first_key(key_file: str | None, key_env: str | None) -> str | None:

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import signal
-import socket
+import site
 import subprocess
 import sys
 import time
@@ -20,14 +20,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import cluster
 from cluster.engines.base import PortNeed
 from cluster.errors import ClusterError, StartFailed
-from cluster.launcher import keys
+from cluster.launcher import joined_ray, keys
 from cluster.launcher.running import OwnRay, Running, short_runtime
 from cluster.settings import OWNER_ENV, ClusterPaths, ray_namespace
 from cluster.topology.schema import ServingSpec, Topology
 from cluster.workers import tree
-from cluster.workers.environment import package_root
 from cluster.workers.logs import last_words
 from cluster.workers.ports import reserve
 
@@ -36,7 +36,6 @@ LOOPBACK = "127.0.0.1"
 # inside the messages.
 _OBJECT_STORE_BYTES = 80 * 2**20
 _START_BOUND_S = 60.0
-_CONNECT_BOUND_S = 5.0
 _END_GRACE_S = 5.0
 
 # For whoever connects as well as for the head.
@@ -138,7 +137,7 @@ class Head:
     def wait_until_up(self) -> None:
         """Raises: StartFailed, with the end of Ray's own log."""
         deadline_s = time.monotonic() + _START_BOUND_S
-        while not _answers(self.address):
+        while not joined_ray.answers(self.address):
             if self._process.poll() is not None:
                 why = f"`ray start` ended with exit code {self._process.returncode}"
                 raise StartFailed("Ray", why, last_words(self._log))
@@ -156,8 +155,10 @@ def connected(running: Running) -> Iterator[Any]:
     Raises: ClusterError: nothing answers there."""
     if running.own_ray is not None:
         prepare_environment(ClusterPaths(running.cluster))
+    else:
+        joined_ray.prepare_environment(running.ray_address)
     # `ray.init` would try for minutes. "auto" has no port to look at.
-    if ":" in running.ray_address and not _answers(running.ray_address):
+    if ":" in running.ray_address and not joined_ray.answers(running.ray_address):
         raise ClusterError(
             f"Ray of cluster {running.cluster} does not answer at {running.ray_address}; "
             f"clean up with: pdcluster down --cluster {running.cluster}"
@@ -235,11 +236,20 @@ def _environment(paths: ClusterPaths, extra: Mapping[str, str]) -> dict[str, str
         "RAY_AUTH_TOKEN_PATH": str(_token_file(paths)),
         OWNER_ENV: _owner(paths.cluster),
     }
-    root = package_root()
+    root = _source_root()
     if root is not None:
         path = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = f"{root}:{path}" if path else root
     return environment
+
+
+def _source_root() -> str | None:
+    """The folder that holds the `cluster` package, for processes that begin elsewhere; None where
+    the interpreter finds it by itself."""
+    root = Path(cluster.__file__).resolve().parent.parent
+    packages = {Path(folder).resolve() for folder in site.getsitepackages()}
+    in_packages = root in packages or root.is_relative_to(Path(sys.prefix).resolve())
+    return None if in_packages else str(root)
 
 
 def _cpus(serving: ServingSpec) -> int:
@@ -266,12 +276,3 @@ def _make_private(folder: Path) -> None:
         if status.st_uid != os.getuid() or place.is_symlink():
             raise ClusterError(f"{place} belongs to another user; remove it, or set TMPDIR")
         place.chmod(0o700)
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_BOUND_S).close()
-    except (OSError, ValueError):
-        return False
-    return True

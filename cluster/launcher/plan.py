@@ -44,18 +44,15 @@ def desired_state(
     )
 
 
-def endpoint_url(topology: Topology) -> str:
-    """Where clients on this machine reach the endpoint."""
-    return _url_here(topology.serving.gateway.host, topology.serving.gateway.port)
+def url(host: str, port: int, head: str = "127.0.0.1") -> str:
+    """The URL of what is bound to `host`. All interfaces are no address to connect to: `head`, the
+    head's own, stands for them."""
+    reached = head if is_wildcard(host) else host
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
-def control_url(topology: Topology) -> str:
-    """Where the control API is reached on the head."""
-    return _url_here(topology.serving.control.host, topology.serving.control.port)
-
-
-def url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def is_wildcard(host: str) -> bool:
+    return host in ("0.0.0.0", "::")
 
 
 def needs_restart(before: DesiredState, after: DesiredState) -> tuple[str, ...]:
@@ -87,11 +84,6 @@ def _differing(at: str, old: Any, new: Any) -> Iterator[str]:
     for key in dict.fromkeys((*old, *new)):
         below = f"{at}{key}" if key.startswith("[") or not at else f"{at}.{key}"
         yield from _differing(below, old.get(key, _ABSENT), new.get(key, _ABSENT))
-
-
-def _url_here(host: str, port: int) -> str:
-    # An address to bind is not one to connect to.
-    return url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
 
 
 def _kv_bytes(spec: ModelSpec, model: ResolvedModel, host: HostFacts) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.engines import registry
 from cluster.engines.base import HostFacts, LaunchContext, PortNeed
-from cluster.engines.host import host_facts
+from cluster.engines.host import host_facts, platform_of
 from cluster.identity import WorkerId
 from cluster.launcher import local_ray
 from cluster.models import cache, simulated, smollm2
@@ -137,15 +137,9 @@ def _model_path(model: ModelSpec) -> str:
 
 
 def _host_facts(pool: PoolSpec, is_local: bool) -> HostFacts:
-    """This machine's, or what the resources that the pool asks for say of another one."""
+    """This machine's; of another one only what the pool says of it is known."""
     here = host_facts()
-    if is_local:
-        return here
-    if "GPU" in pool.placement.resources:
-        return replace(here, platform="cuda")
-    if "NPU" in pool.placement.resources:
-        return replace(here, platform="npu")
-    return replace(here, platform="cpu")
+    return replace(here, platform=platform_of(pool, here.platform if is_local else "cpu"))
 
 
 def _node(pool: PoolSpec) -> str:

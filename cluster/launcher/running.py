@@ -59,6 +59,9 @@ class Running(BaseModel):
     endpoint: str
     key_file: str | None  # None: the endpoint asks for no key, or it is in `key_env`
     key_env: str | None = None
+    control_url: str = ""
+    token_file: str | None = None
+    token_env: str | None = None
     ingress: Literal["serve", "direct"]
     ray_address: str = ""
     own_ray: OwnRay | None = None

@@ -1,7 +1,11 @@
 """Bring a cluster up. In: a topology file. Out: a cluster that answers, or nothing at all.
 
-    validate ─ model ─ ports, keys ─ Ray ─ controller ─ workers ─ gateway ─ ready
-    └──── nothing started yet ────┘ └── from here on, a failure or Ctrl-C ends all of it ──┘
+    validate ─ model ─ ports, secrets ─ Ray ─ controller ─ workers ─ gateway ─ ready
+    └────── nothing started yet ─────┘ └── from here on, a failure or Ctrl-C ends all of it ──┘
+
+A cluster that is up already is given what differs, if that is the pools' `replicas` alone. Without
+waiting (`--no-wait`, on the head of a rack), `up` returns when the control API and the endpoint
+answer; workers come as their nodes join.
 
 The state file is written before the first process is started, so that also a killed `up` can be
 cleaned up after. Called by: cli, launcher.demo.
@@ -12,38 +16,27 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
-import psutil
-
-from cluster.control.state import ClusterStatus, DesiredState
+from cluster.control.state import DesiredState
+from cluster.control.store import ApiAccess
 from cluster.engines.host import host_facts
-from cluster.errors import ClusterError, Fault, PeerGone, StartFailed, TopologyError
+from cluster.errors import ClusterError, PeerGone, TopologyError
 from cluster.gateway.config import GatewayConfig
-from cluster.identity import WorkerState
-from cluster.launcher import down, keys, local_ray, plan, remains, running
-from cluster.launcher.endpoint import Endpoint
+from cluster.launcher import down, joined_ray, keys, listen, local_ray, plan, remains, running
+from cluster.launcher.await_ready import await_control, await_endpoint, await_workers
 from cluster.launcher.progress import Watcher
 from cluster.launcher.running import Running
 from cluster.launcher.validate import validate
 from cluster.models import store
 from cluster.settings import ClusterPaths
-from cluster.topology import loader, source
+from cluster.topology import loader
+from cluster.topology.findings import SERVING, dotted
 from cluster.topology.schema import Topology
-
-if TYPE_CHECKING:
-    from cluster.control.actor import ControllerClient
-
-_POLL_S = 0.25
-_READY_BOUND_S = 60.0
-# On one machine nothing will come that a worker could still wait for.
-_LOCAL_PLACEMENT_BOUND_S = 60.0
 
 
 class Terminated(KeyboardInterrupt):
@@ -52,46 +45,91 @@ class Terminated(KeyboardInterrupt):
 
 @dataclass(frozen=True, slots=True)
 class Up:
-    """A cluster that is up."""
+    """A cluster that is up. `was_up`: it ran before; `changed`: the pools it was given other
+    `replicas` for."""
 
     running: Running
-    was_up: bool  # it ran already, nothing was done
+    was_up: bool
     took_s: float
+    changed: tuple[str, ...] = ()
 
 
-def up(path: Path, watcher: Watcher, *, address: str | None = None, keep: bool = False) -> Up:
-    """Start what the file says and return when the endpoint answers.
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What one `up` is to reach, all that is known before anything is started."""
+
+    topology: Topology
+    path: Path
+    paths: ClusterPaths
+    desired: DesiredState
+    ray_address: str  # "": a Ray of its own
+    waits: bool
+
+    @property
+    def is_local(self) -> bool:
+        return not self.ray_address
+
+
+@dataclass(frozen=True, slots=True)
+class _Secrets:
+    key_hashes: tuple[bytes, ...] | None
+    engine_key: str
+    api: ApiAccess
+
+
+def up(
+    path: Path,
+    watcher: Watcher,
+    *,
+    address: str | None = None,
+    keep: bool = False,
+    waits: bool = True,
+) -> Up:
+    """Start what the file says and return when the endpoint answers requests; with `waits` False,
+    when the control API and the endpoint answer at all.
 
     `address`: a Ray cluster that runs already. `keep`: after a failure leave all as it is, to be
     looked at; `down` ends it.
 
     Raises: TopologyError, InvalidInput: nothing was started. Busy: another `up` is at work.
-        StartFailed, ClusterError: all that was started has been ended again.
+        StartFailed, ClusterError: all that was started has been ended again; a cluster that was up
+        before stays.
     Cancel: KeyboardInterrupt (also on SIGTERM) ends all that was started, then goes on up."""
     begun_s = time.monotonic()
     watcher.stage("validate")
     topology = _load(path)
     paths = ClusterPaths(topology.cluster_name)
+    ray_address = ""
     if address is None and local_ray.is_local(topology):
         local_ray.prepare_environment(paths)
-    validate(path)
+        validate(path)
+    else:
+        ray_address = address or joined_ray.address_here(topology, path)
+        joined_ray.prepare_environment(ray_address)
+        _validate_accepted(path)
     with running.lock(paths), _sigterm_interrupts():
-        found = _running_already(paths, topology, path)
-        if found is not None:
+        found = running.read(paths)
+        if found is not None and _is_as_before(found, topology, ray_address):
             return Up(found, True, time.monotonic() - begun_s)
-        remains.sweep(paths)
         watcher.stage("model")
         model = store.resolve(topology.serving.model, watcher.note)
-        is_local = address is None and local_ray.is_local(topology)
-        ray_address = None if is_local else address or _ray_here(topology, path)
-        _check_port(topology, path)
-        hashes = keys.endpoint_hashes(topology.serving.gateway.auth, paths, watcher.warn)
-        host = local_ray.LOOPBACK if is_local else ""
+        host = "" if ray_address else local_ray.LOOPBACK
         desired = plan.desired_state(topology, model, host, host_facts())
-        state = _starting(topology, paths, ray_address or "")
+        wanted = _Wanted(topology, path, paths, desired, ray_address, waits)
+        runs = _where_it_may_run(found, wanted)
+        if runs is not None:
+            changed = _change(runs, wanted, watcher)
+            if changed is not None:
+                state, pools = changed
+                return Up(state, True, time.monotonic() - begun_s, pools)
+        remains.sweep(paths)
+        if address is None:
+            listen.check(topology, path)
+        state = _starting(wanted)
+        secrets = _secrets(wanted, watcher)
         try:
             running.write(paths, state)
-            state = _start(paths, topology, desired, state, hashes, watcher)
+            state = _start(wanted, state, secrets, watcher)
         except BaseException as error:
             if not keep:
                 _clean_up(paths, watcher, error)
@@ -99,45 +137,112 @@ def up(path: Path, watcher: Watcher, *, address: str | None = None, keep: bool =
         return Up(state, False, time.monotonic() - begun_s)
 
 
-def _start(
-    paths: ClusterPaths,
-    topology: Topology,
-    desired: DesiredState,
-    state: Running,
-    hashes: tuple[bytes, ...] | None,
-    watcher: Watcher,
-) -> Running:
-    # These import Ray, whose environment must be ready by then (local_ray.prepare_environment).
+def _start(wanted: _Wanted, state: Running, secrets: _Secrets, watcher: Watcher) -> Running:
+    # These import Ray, whose environment must be ready by then (prepare_environment).
     from cluster.control import actor as controller
     from cluster.gateway import hosting
 
-    gateway = topology.serving.gateway
-    engine_key = keys.kept_secret(paths.engine_key)
+    serve_env = hosting.SERVE_ENV if state.ingress == "serve" else {}
+    # Here too: Serve reads them in whichever process starts it, when it is first imported.
+    os.environ.update(serve_env)
     watcher.stage("Ray")
-    if not state.ray_address:
-        extra = hosting.SERVE_ENV if gateway.ingress == "serve" else {}
-        # Here too: Serve reads them in whichever process starts it, when it is first imported.
-        os.environ.update(extra)
-        head = local_ray.start_head(paths, topology.serving, extra)
+    if wanted.is_local:
+        head = local_ray.start_head(wanted.paths, wanted.topology.serving, serve_env)
         state = state.model_copy(update={"ray_address": head.address, "own_ray": head.own})
-        running.write(paths, state)
+        running.write(wanted.paths, state)
         head.wait_until_up()
     with local_ray.connected(state) as context, _sigterm_interrupts():
+        if serve_env and not wanted.is_local:
+            joined_ray.refuse_without(serve_env)
         state = state.model_copy(update={"ray_address": context.address_info["gcs_address"]})
         watcher.stage("controller")
-        client = controller.start(desired.cluster, engine_key)
-        client.apply(desired)
-        watcher.stage("workers")
-        _await_workers(client, topology, state.own_ray is not None, watcher)
-        watcher.stage("gateway")
-        config = GatewayConfig.of(
-            desired.cluster, topology.serving, desired.model_path, hashes, engine_key
+        client = controller.start(wanted.desired.cluster, secrets.engine_key, secrets.api)
+        client.apply(wanted.desired)
+        await_control(client)
+        if wanted.waits:
+            watcher.stage("workers")
+            await_workers(client, wanted.topology.serving, wanted.is_local, watcher)
+        _start_gateway(wanted, secrets, watcher)
+    return _finish(wanted, state, watcher)
+
+
+def _change(
+    state: Running, wanted: _Wanted, watcher: Watcher
+) -> tuple[Running, tuple[str, ...]] | None:
+    """Give a cluster that is up what differs. None: it is not up after all.
+
+    Raises: ClusterError: something differs that takes a new start."""
+    with local_ray.connected(state), _sigterm_interrupts():
+        from cluster.control import actor as controller
+        from cluster.gateway import hosting
+
+        client = controller.find(state.cluster)
+        before = client.desired() if client is not None else None
+        if client is None:
+            return None
+        if before is None:  # an `up` that was killed had come no further
+            controller.end(state.cluster)
+            return None
+        _refuse_restart(before, wanted)
+        if state.ingress == "serve":
+            os.environ.update(hosting.SERVE_ENV)
+        watcher.stage("controller")
+        secrets = _secrets(wanted, watcher)
+        serving = wanted.topology.serving
+        failed_before = frozenset(slot.worker for slot in client.status().failed)
+        client = controller.start(state.cluster, secrets.engine_key, secrets.api)
+        client.apply(wanted.desired)
+        await_control(client)
+        if wanted.waits:
+            watcher.stage("workers")
+            await_workers(client, serving, wanted.is_local, watcher, failed_before)
+        _start_gateway(wanted, secrets, watcher)
+    done = _starting(wanted).model_copy(
+        update={
+            "ray_address": state.ray_address,
+            "own_ray": state.own_ray,
+            "started_at_s": state.started_at_s,
+        }
+    )
+    changed = tuple(
+        pool.name
+        for pool in wanted.desired.serving.pools
+        if pool.replicas != before.serving.pool(pool.name).replicas
+    )
+    return _finish(wanted, done, watcher), changed
+
+
+def _refuse_restart(before: DesiredState, wanted: _Wanted) -> None:
+    keys_ = plan.needs_restart(before, wanted.desired)
+    if keys_:
+        name, path = wanted.paths.cluster, wanted.path
+        raise ClusterError(
+            f"cluster {name} is up, and {path} says otherwise in what a running cluster cannot be "
+            f"given: {', '.join(keys_)}; first `pdcluster down --cluster {name}`, then "
+            f"`pdcluster up {path}`"
         )
-        hosting.start(config, gateway.replicas, gateway.ingress)
+
+
+def _start_gateway(wanted: _Wanted, secrets: _Secrets, watcher: Watcher) -> None:
+    from cluster.gateway import hosting
+
+    watcher.stage("gateway")
+    serving = wanted.topology.serving
+    config = GatewayConfig.of(
+        wanted.desired.cluster,
+        serving,
+        wanted.desired.model_path,
+        secrets.key_hashes,
+        secrets.engine_key,
+    )
+    hosting.start(config, serving.gateway.replicas, serving.gateway.ingress)
+
+
+def _finish(wanted: _Wanted, state: Running, watcher: Watcher) -> Running:
     watcher.stage("ready")
-    _await_endpoint(state)
+    await_endpoint(state, wanted.waits)
     state = state.model_copy(update={"phase": "up"})
-    running.write(paths, state)
+    running.write(wanted.paths, state)
     return state
 
 
@@ -150,38 +255,44 @@ def _load(path: Path) -> Topology:
         raise
 
 
-def _running_already(paths: ClusterPaths, topology: Topology, path: Path) -> Running | None:
-    """The cluster, if it is up as the file says. Raises: ClusterError: it is up otherwise."""
-    found = running.read(paths)
-    if found is None or found.phase != "up" or not _is_up(found):
-        return None
-    if found.topology_digest == running.digest(topology):
-        return found
-    raise ClusterError(
-        f"cluster {found.cluster} is up from {found.topology_file}, and {path} says something "
-        f"else; first `pdcluster down --cluster {found.cluster}`, then `pdcluster up {path}`"
-    )
+def _validate_accepted(path: Path) -> None:
+    """As `validate`, of a file whose nodes Ray has started already: it may be what Ray has made of
+    the file on the head (~/ray_bootstrap_config.yaml), and Ray's half is not for us to judge.
 
-
-def _is_up(found: Running) -> bool:
-    """Whether the cluster of the state file still is. A Ray of others is asked."""
-    if found.own_ray is not None or not found.is_alive():
-        return found.is_alive()
+    Raises: TopologyError."""
     try:
-        with local_ray.connected(found):
-            from cluster.control import actor as controller
+        validate(path)
+    except TopologyError as error:
+        ours = tuple(fault for fault in error.faults if fault.key.startswith(dotted(SERVING)))
+        if ours:
+            raise TopologyError(ours) from None
 
-            return controller.find(found.cluster) is not None
-    except ClusterError:
-        return False
+
+def _is_as_before(found: Running, topology: Topology, ray_address: str) -> bool:
+    """Whether nothing is to be done, as far as this can be told without asking the cluster. On a
+    Ray of others it cannot: that may have been started anew since."""
+    is_own = not ray_address and found.own_ray is not None
+    is_up = is_own and found.phase == "up" and found.is_alive()
+    return is_up and found.topology_digest == running.digest(topology)
 
 
-def _starting(topology: Topology, paths: ClusterPaths, ray_address: str) -> Running:
-    gateway = topology.serving.gateway
-    auth = gateway.auth
-    key_file = None
-    if auth is not None and auth.keys_env is None:
-        key_file = str((auth.keys_file or paths.api_key).absolute())
+def _where_it_may_run(found: Running | None, wanted: _Wanted) -> Running | None:
+    """Where to ask whether the cluster is up; None: nowhere."""
+    if wanted.is_local:
+        is_up = found is not None and found.phase == "up" and found.is_alive()
+        return found if is_up else None
+    if found is not None and found.own_ray is None:
+        return found.model_copy(update={"ray_address": wanted.ray_address})
+    return _starting(wanted)
+
+
+def _starting(wanted: _Wanted) -> Running:
+    topology, paths = wanted.topology, wanted.paths
+    gateway, control = topology.serving.gateway, topology.serving.control
+    key_file = keys.api_key_file(gateway.auth, paths) if gateway.auth is not None else None
+    token_file = keys.token_file(control, paths)
+    # What Ray knows the head by; a home folder that hosts share is read on the others, too.
+    head = wanted.ray_address.rpartition(":")[0] or local_ray.LOOPBACK
     return Running(
         cluster=topology.cluster_name,
         phase="starting",
@@ -189,105 +300,29 @@ def _starting(topology: Topology, paths: ClusterPaths, ray_address: str) -> Runn
         topology_digest=running.digest(topology),
         started_at_s=time.time(),
         model=topology.serving.model.public_name,
-        endpoint=plan.endpoint_url(topology),
-        key_file=key_file,
-        key_env=auth.keys_env if auth is not None else None,
+        endpoint=plan.url(gateway.host, gateway.port, head),
+        key_file=str(key_file) if key_file is not None else None,
+        key_env=gateway.auth.keys_env if gateway.auth is not None else None,
+        control_url=plan.url(control.host, control.port, head),
+        token_file=str(token_file) if token_file is not None else None,
+        token_env=control.token_env,
         ingress=gateway.ingress,
-        ray_address=ray_address,
+        ray_address=wanted.ray_address,
     )
 
 
-def _ray_here(topology: Topology, path: Path) -> str:
-    """The address of the Ray cluster that this machine is the head of. Raises: ClusterError."""
-    from ray._private.utils import read_ray_address
-
-    found = os.environ.get("RAY_ADDRESS") or read_ray_address()
-    if found:
-        return str(found)
-    kind = (topology.ray.get("provider") or {}).get("type")
-    raise ClusterError(
-        f"{path} describes nodes beyond this machine (provider.type: {kind}), and no Ray runs "
-        f"here; run `ray up {path}`: Ray starts the nodes, and on the head, where Ray then runs, "
-        f"`pdcluster up {path}` brings the serving up (put it into head_start_ray_commands, or "
-        f"run it there with `ray exec {path} 'pdcluster up FILE'`)"
+def _secrets(wanted: _Wanted, watcher: Watcher) -> _Secrets:
+    """All that the cluster needs; those that are made are kept. Raises: InvalidInput."""
+    serving, paths = wanted.topology.serving, wanted.paths
+    return _Secrets(
+        key_hashes=keys.endpoint_hashes(serving.gateway.auth, paths, watcher.warn),
+        engine_key=keys.kept_secret(paths.engine_key),
+        api=ApiAccess(
+            serving.control.host,
+            serving.control.port,
+            keys.control_token(serving.control, paths, watcher.warn),
+        ),
     )
-
-
-def _check_port(topology: Topology, path: Path) -> None:
-    """Raises: TopologyError: the endpoint's port is taken."""
-    gateway = topology.serving.gateway
-    family = socket.AF_INET6 if ":" in gateway.host else socket.AF_INET
-    with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
-        # As the gateway itself: connections that linger after a `down` are not in the way.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((gateway.host, gateway.port))
-            probe.listen(1)
-            return
-        except OSError as error:
-            key = ("metadata", "serving", "gateway", "port")
-            holder = _holder(gateway.port)
-            raise TopologyError(
-                (
-                    Fault(
-                        file=str(path),
-                        line=source.read(path).line(key),
-                        key=".".join(key),
-                        found=f"{gateway.host}:{gateway.port} cannot be listened on "
-                        f"({(error.strerror or str(error)).lower()}{holder})",
-                        fix="end what listens there, or write another port",
-                    ),
-                )
-            ) from error
-
-
-def _holder(port: int) -> str:
-    with contextlib.suppress(psutil.Error):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,):
-                if connection.pid is None:
-                    return ", held by another user's process"
-                with contextlib.suppress(psutil.Error):
-                    name = psutil.Process(connection.pid).name()
-                    return f", held by {name}, pid {connection.pid}"
-    return ""
-
-
-def _await_workers(
-    client: ControllerClient, topology: Topology, is_local: bool, watcher: Watcher
-) -> None:
-    """Raises: StartFailed: a worker failed, or cannot be placed."""
-    wanted = sum(pool.replicas.initial for pool in topology.serving.pools)
-    longest_s = max(pool.start_timeout_s for pool in topology.serving.pools)
-    place_until_s = time.monotonic() + (_LOCAL_PLACEMENT_BOUND_S if is_local else longest_s)
-    while True:
-        status = client.status()
-        for report in status.workers:
-            watcher.worker(report)
-        for failed in status.failed:
-            raise StartFailed(failed.worker, failed.why, failed.last_words)
-        ready = sum(report.state is WorkerState.READY for report in status.workers)
-        if ready == wanted:
-            return
-        if time.monotonic() > place_until_s:
-            _refuse_unplaced(status)
-        time.sleep(_POLL_S)
-
-
-def _refuse_unplaced(status: ClusterStatus) -> None:
-    for report in status.workers:
-        if report.state is WorkerState.STARTING and not report.node_ip:
-            why = f"it is not placed: {report.message or 'Ray says nothing of why'}"
-            raise StartFailed(report.id.name, why)
-
-
-def _await_endpoint(state: Running) -> None:
-    endpoint = Endpoint(state.endpoint, keys.first_key(state.key_file, state.key_env))
-    deadline_s = time.monotonic() + _READY_BOUND_S
-    while why := endpoint.why_not_ready():
-        if time.monotonic() > deadline_s:
-            raise StartFailed("gateway", f"not ready after {_READY_BOUND_S:g} s: {why}")
-        time.sleep(0.05)
 
 
 def _clean_up(paths: ClusterPaths, watcher: Watcher, error: BaseException) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import json
 import logging
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import Fault
+from cluster.nodes import config as bare_hosts
 from cluster.topology.agreement import NodeType, Offer, disagreements
 from cluster.topology.findings import SERVING, Finding, KeyPath, did_you_mean, nearest, quote
 from cluster.topology.loader import Examined, examine
@@ -167,9 +169,8 @@ def _needs(config: dict[str, Any]) -> Iterator[Finding]:
         return
     if kind == "local":
         yield from _local_needs(config)
-    if kind == "external" and "module" not in provider:
-        fix = "add `module: PACKAGE.MODULE.CLASS`, the node provider's class"
-        yield Finding(("provider", "module"), "missing, and Ray requires it", fix)
+    if kind == "external":
+        yield from _external_needs(config)
     yield from _docker_needs(config)
     if kind in ("local", "kuberay"):
         return
@@ -200,6 +201,30 @@ def _local_needs(config: dict[str, Any]) -> Iterator[Finding]:
         if key not in provider:
             found = "missing, and Ray's provider `local` requires it"
             yield Finding(("provider", key), found, f"add `{example}`")
+
+
+def _external_needs(config: dict[str, Any]) -> Iterator[Finding]:
+    at = ("provider", "module")
+    module = config["provider"].get("module")
+    if module is None:
+        fix = "add `module: PACKAGE.MODULE.CLASS`, the node provider's class"
+        yield Finding(at, "missing, and Ray requires it", fix)
+    elif bare_hosts.uses_bare_hosts(config):
+        yield from bare_hosts.findings(config)
+    elif why := _why_not_importable(module):
+        fix = f"write a class that Python finds here and on the head, such as {bare_hosts.MODULE}"
+        yield Finding(at, f"found {quote(module)}, which cannot be imported ({why})", fix)
+
+
+def _why_not_importable(path: str) -> str:
+    """ "" if `path` names something in a module that can be imported, as Ray would import it."""
+    package, _, name = path.rpartition(".")
+    try:
+        if hasattr(importlib.import_module(package or path), name):
+            return ""
+    except Exception as error:  # whatever a stranger's module does when it is imported
+        return _one_line(str(error)) or type(error).__name__
+    return f"{package or path} has no {name}"
 
 
 def _docker_needs(config: dict[str, Any]) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from typing import Any
 import openai
 import psutil
 import pytest
-from e2e.harness import Cluster, filler, metric, running_cluster
+from e2e.harness import MODEL, Cluster, filler, metric, running_cluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -69,6 +69,24 @@ class Mixed:
         )
         self.answers.append(answer)
         return answer
+
+    def stream(self, text: str, **more: Any) -> tuple[int, ...]:
+        """The token ids of a streamed answer."""
+        stream = self.cluster.client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": text}],
+            temperature=0,
+            stream=True,
+            extra_body={"return_token_ids": True} | more.pop("extra_body", {}),
+            **more,
+        )
+        chunks = [chunk for chunk in stream if chunk.choices]
+        assert chunks[-1].choices[0].finish_reason == "length"
+        return tuple(
+            token
+            for chunk in chunks
+            for token in getattr(chunk.choices[0], "token_ids", None) or ()
+        )
 
     def ask_at_once(self, texts: Sequence[str], **more: Any) -> list[Answer]:
         with ThreadPoolExecutor(len(texts)) as pool:
@@ -171,16 +189,21 @@ def test_no_block_has_crossed(mixed: Mixed) -> None:
 def test_a_lost_island_loses_no_request_and_comes_back(mixed: Mixed, lost: str) -> None:
     before = mixed.workers(lost)
     texts = [f"{lost} {filler(30, seed)} Tell a story about it." for seed in range(200, 206)]
-    with ThreadPoolExecutor(len(texts)) as pool:
+    with ThreadPoolExecutor(2 * len(texts)) as pool:
         long = {"max_tokens": 96, "extra_body": {"ignore_eos": True}}
         in_hand = [pool.submit(mixed.ask, text, **long) for text in texts]
+        streams = [pool.submit(mixed.stream, text, **long) for text in texts]
         decode = before[f"decode-{lost}/0"]["url"]
         while not metric(metrics_of(decode), "vllm:num_requests_running"):
             assert not all(request.done() for request in in_hand), "the island got nothing"
         for worker in before.values():
             psutil.Process(worker["engine_pid"]).kill()
         answers = [request.result(300) for request in in_hand]
-    assert len(answers) == len(texts)
+        streamed = [stream.result(300) for stream in streams]
+    # A stream that was broken off went on where it was; an answer not begun was begun anew.
+    assert streamed == [answer.token_ids for answer in answers]
+    recovered = metric(metrics_of(mixed.cluster.base_url), "pdcluster_gateway_recoveries_total")
+    assert recovered > 0
 
     deadline = time.monotonic() + RESTARTED_WITHIN_S
     meanwhile = 0

@@ -70,9 +70,9 @@ class Pair:
         transfer = self.coordinator.begin(
             request_id, prompt, self.view(self.prefill), self.view(self.decode), self.link
         )
-        params = await transfer.prefill_params()
+        params = (await transfer.prefill_fields())["kv_transfer_params"]
         transfer.prefilled(await self.ask(self.prefill, prompt, request_id, params, max_tokens=1))
-        params = await transfer.decode_params()
+        params = (await transfer.decode_fields())["kv_transfer_params"]
         answer = await self.ask(self.decode, prompt, request_id, params, **decode)
         transfer.finish()
         return answer
@@ -82,7 +82,7 @@ class Pair:
         transfer = self.coordinator.begin(
             request_id, prompt, self.view(self.prefill), self.view(self.decode), self.link
         )
-        params = await transfer.prefill_params()
+        params = (await transfer.prefill_fields())["kv_transfer_params"]
         transfer.prefilled(await self.ask(self.prefill, prompt, request_id, params, max_tokens=1))
 
     async def ask(
@@ -288,9 +288,9 @@ async def test_prompts_of_one_call_do_not_get_each_others_blocks(pair: Pair) -> 
     transfer = pair.coordinator.begin(
         request_id, prompts[0], pair.view(pair.prefill), pair.view(pair.decode), pair.link
     )
-    params = await transfer.prefill_params()
+    params = (await transfer.prefill_fields())["kv_transfer_params"]
     transfer.prefilled(await pair.ask(pair.prefill, prompts[0], request_id, params, max_tokens=1))
-    params = await transfer.decode_params()
+    params = (await transfer.decode_fields())["kv_transfer_params"]
     async with asyncio.timeout(60):
         answer = await pair.ask(pair.decode, prompts, request_id, params, max_tokens=8)
     assert [ids_of(answer, index) for index in range(2)] == right
@@ -397,9 +397,9 @@ async def test_decode_notices_a_dead_prefill_engine_at_once_and_lives_on(pair: P
     transfer = pair.coordinator.begin(
         request_id, prompt, pair.view(pair.prefill), pair.view(pair.decode), pair.link
     )
-    params = await transfer.prefill_params()
+    params = (await transfer.prefill_fields())["kv_transfer_params"]
     transfer.prefilled(await pair.ask(pair.prefill, prompt, request_id, params, max_tokens=1))
-    params = await transfer.decode_params()
+    params = (await transfer.decode_fields())["kv_transfer_params"]
     for process in tree(pair.prefill):
         # Python's resource tracker outlives the rest to unlink their semaphores in /dev/shm.
         if "resource_tracker" not in " ".join(process.cmdline()):

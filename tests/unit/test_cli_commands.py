@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from cluster.control.state import ClusterStatus, FailedSlot, LinkStatus, PoolSta
 from cluster.errors import ClusterError
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.launcher.running import Running
+from cluster.launcher.target import of_running
 from cluster.snapshot import Link
 from cluster.workers.report import Counters, WorkerReport
 
@@ -93,6 +95,7 @@ def test_faults_come_as_json_too(invalid, capsys):
         ["validate", "--no-such-flag", VALID],
         ["down", VALID, "--cluster", "x"],
         ["chat", "--json"],
+        ["logs", "decode/0", "--topology", VALID, "--cluster", "x"],
     ],
 )
 def test_a_wrong_command_line_exits_2(words, home):
@@ -104,10 +107,35 @@ def test_a_wrong_command_line_exits_2(words, home):
     assert run(words) == 2
 
 
-@pytest.mark.parametrize("words", [["status"], ["logs", "decode/0"], ["chat", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status"],
+        ["status", VALID],
+        ["logs", "decode/0"],
+        ["transfers", "r"],
+        ["transfers", "r", "--topology", VALID],
+        ["chat", "x"],
+    ],
+)
 def test_a_command_that_needs_a_cluster_exits_1_and_says_how_to_start_one(words, capsys):
     assert run(words) == 1
     assert "pdcluster up FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["status"], ["logs", "decode/0"], ["transfers", "r"]])
+def test_commands_that_ask_the_control_api_import_neither_ray_nor_a_server(words, home):
+    script = "import sys; from cluster.cli.main import run; run(sys.argv[1:]); print(*sys.modules)"
+    env = {
+        **os.environ,
+        "PDCLUSTER_CONTROL_URL": "http://127.0.0.1:9",
+        "PDCLUSTER_CONTROL_TOKEN": "t",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=ROOT, env=env
+    )
+    assert "the control API at http://127.0.0.1:9 does not answer" in done.stderr
+    assert not {"ray", "aiohttp", "uvicorn", "fastapi", "torch"} & set(done.stdout.split())
 
 
 def test_down_without_a_cluster_is_no_error(capsys):
@@ -255,12 +283,12 @@ def status():
         workers=(report,),
         failed=(FailedSlot("decode/0", 2, 3.0, "exit code 1"),),
         links=(LinkStatus(link, False, ("prefill/0 cannot feed decode/0: [KV] block size",)),),
-        events=(Recorded(150.0, moved),),
+        events=(Recorded(150.0, moved).told(),),
     )
 
 
 def test_status_is_json_with_the_keys_that_scripts_read():
-    view = status_view.of(at(), status(), EXPOSITION, 200.0)
+    view = status_view.of(of_running(at()), status(), EXPOSITION, 200.0)
     parsed = json.loads(json.dumps(view))
     worker = parsed["workers"][0]
     assert (worker["name"], worker["generation"], worker["state"]) == ("decode/0", 2, "loading")
@@ -272,7 +300,7 @@ def test_status_is_json_with_the_keys_that_scripts_read():
 
 
 def test_status_draws_what_is_not_well_and_why(capsys):
-    status_view.draw(status_view.of(at(), status(), EXPOSITION, 200.0))
+    status_view.draw(status_view.of(of_running(at()), status(), EXPOSITION, 200.0))
     said = capsys.readouterr().out
     for part in (
         "0/1",

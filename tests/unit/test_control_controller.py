@@ -5,11 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from cluster.control.controller import Controller
-from cluster.control.events import LinkRefused, WorkerMoved, WorkerRemoved, WorkerUnanswering
+from cluster.control.events import (
+    DesiredChanged,
+    LinkRefused,
+    WorkerMoved,
+    WorkerRemoved,
+    WorkerUnanswering,
+)
 from cluster.control.state import DesiredState
 from cluster.control.store import Store
 from cluster.errors import PeerGone
@@ -170,7 +177,11 @@ class World:
 
     async def events(self, kind):
         status = await self.controller.status()
-        return [recorded.event for recorded in status.events if isinstance(recorded.event, kind)]
+        return [
+            SimpleNamespace(subject=told.subject, **told.fields)
+            for told in status.events
+            if told.kind == kind.__name__
+        ]
 
     async def snapshot(self):
         return await self.controller.next_snapshot(0, 1.0)
@@ -263,6 +274,19 @@ async def test_every_change_of_state_is_an_event(world):
     await world.steps(1)
     moved = await world.events(WorkerMoved)
     assert (moved[-1].was, moved[-1].now) == (WorkerState.READY, WorkerState.HUNG)
+
+
+async def test_a_new_controller_tells_of_nothing_before_it_has_looked(world):
+    world.controller = world.new_controller()
+    status = await world.controller.status()
+    assert [report.id.name for report in status.workers] == ["d/0", "p/0"]
+    assert await world.new_controller().desired() == desired()
+
+
+async def test_the_same_state_again_is_no_change(world):
+    before = await world.events(DesiredChanged)
+    await world.controller.apply(desired())
+    assert await world.events(DesiredChanged) == before
 
 
 async def test_a_new_controller_adopts_the_workers_it_finds(world):
@@ -360,7 +384,7 @@ async def test_a_link_between_unlike_workers_is_closed_with_a_sentence():
     assert link.mismatches == (
         "p/0 cannot feed d/0: KV cache dtype is 'float32' on prefill and 'bfloat16' on decode",
     )
-    assert [event.link for event in await world.events(LinkRefused)] == ["p->d"]
+    assert [event.subject for event in await world.events(LinkRefused)] == ["p->d"]
 
 
 async def test_transfers_are_those_of_the_request_by_time(world):
@@ -376,7 +400,8 @@ async def test_transfers_are_those_of_the_request_by_time(world):
 async def test_the_log_is_that_of_the_present_generation(world):
     world.workers["d/0#1"].is_dead = True
     await world.steps(12)
-    assert (await world.controller.read_log("d/0", -10, 100))[0] == b"the log of d/0#2"
+    window = await world.controller.read_log("d/0", -10, 100)
+    assert (window.data, window.generation) == (b"the log of d/0#2", 2)
     with pytest.raises(PeerGone):
         await world.controller.read_log("d/7", 0, 100)
 

@@ -13,10 +13,11 @@ from cluster.launcher import plan
 from cluster.launcher.render import render
 from cluster.models.store import ResolvedModel
 from cluster.topology import loader
-from cluster.topology.schema import Topology
+from cluster.topology.schema import ReplicasSpec, Topology
 
 ROOT = Path(__file__).parents[2]
 CPU = HostFacts("cpu", cores=2)
+MODEL = ResolvedModel("org/m", False, "hub:org/m@main", {}, 8192)
 
 
 @pytest.fixture(autouse=True)
@@ -114,12 +115,41 @@ def test_kv_bytes_are_0_where_the_config_does_not_tell(local_cpu):
     ("host", "url"),
     [
         ("127.0.0.1", "http://127.0.0.1:8000"),
-        ("0.0.0.0", "http://127.0.0.1:8000"),
-        ("::", "http://[::1]:8000"),
+        ("0.0.0.0", "http://192.0.2.1:8000"),
+        ("::", "http://192.0.2.1:8000"),
         ("fd00::1", "http://[fd00::1]:8000"),
     ],
 )
-def test_an_address_to_bind_becomes_one_to_connect_to(local_cpu, host, url):
-    gateway = local_cpu.serving.gateway.model_copy(update={"host": host})
-    serving = local_cpu.serving.model_copy(update={"gateway": gateway})
-    assert plan.endpoint_url(local_cpu.model_copy(update={"serving": serving})) == url
+def test_an_address_to_bind_becomes_one_to_connect_to(host, url):
+    assert plan.url(host, 8000, "192.0.2.1") == url
+    assert plan.url("0.0.0.0", 8000) == "http://127.0.0.1:8000"
+
+
+def changed(desired, **serving):
+    return desired.model_copy(update={"serving": desired.serving.model_copy(update=serving)})
+
+
+def test_other_replicas_are_all_that_a_running_cluster_can_be_given(local_cpu):
+    desired = plan.desired_state(local_cpu, MODEL, "", CPU)
+    prefill, decode = desired.serving.pools
+    more = decode.model_copy(update={"replicas": ReplicasSpec(initial=3, max=5)})
+    assert plan.needs_restart(desired, changed(desired, pools=[prefill, more])) == ()
+    # Their order says nothing.
+    assert plan.needs_restart(desired, changed(desired, pools=[decode, prefill])) == ()
+
+
+def test_what_takes_a_new_start_is_named_key_by_key(local_cpu):
+    desired = plan.desired_state(local_cpu, MODEL, "", CPU)
+    prefill, decode = desired.serving.pools
+    other = decode.model_copy(update={"engine_args": {"x": 1}, "max_num_seqs": 1})
+    new = decode.model_copy(update={"name": "new"})
+    gateway = desired.serving.gateway.model_copy(update={"port": 9})
+    after = changed(desired, pools=[prefill, other, new], gateway=gateway)
+    assert set(plan.needs_restart(desired, after)) == {
+        "pools[decode].engine_args.x",
+        "pools[decode].max_num_seqs",
+        "pools[new]",
+        "gateway.port",
+    }
+    digest = desired.model_copy(update={"model_digest": "another"})
+    assert plan.needs_restart(desired, digest) == ("files of the model",)

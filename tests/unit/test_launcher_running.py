@@ -16,7 +16,7 @@ from cluster.gateway.auth import hash_key
 from cluster.launcher import keys, local_ray, remains, running
 from cluster.launcher.running import Busy, NotRunning, OwnRay, Running
 from cluster.settings import OWNER_ENV, ClusterPaths
-from cluster.topology.schema import AuthSpec, Topology
+from cluster.topology.schema import AuthSpec, ControlSpec, Topology
 from cluster.workers import tree
 
 
@@ -131,6 +131,32 @@ def test_a_key_file_that_others_can_read_is_warned_of(home):
     assert found == (hash_key("k1"), hash_key("k2"))
     assert "chmod 600" in warned[0]
     assert keys.first_key(str(file), None) == "k1"
+
+
+def test_a_control_token_is_made_once_and_kept():
+    paths = ClusterPaths("c")
+    token = keys.control_token(ControlSpec(), paths, print)
+    file = keys.token_file(ControlSpec(), paths)
+    assert file.read_text().strip() == token == keys.control_token(ControlSpec(), paths, print)
+    assert len(token) > 40
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_stated_control_token_is_read_and_never_made(home, monkeypatch):
+    paths, warned = ClusterPaths("c"), []
+    stated = ControlSpec(token_file=home / "token")
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        keys.control_token(stated, paths, warned.append)
+    (home / "token").write_text("mine\n")
+    (home / "token").chmod(0o640)
+    assert keys.control_token(stated, paths, warned.append) == "mine"
+    assert "chmod 600" in warned[0]
+    named = ControlSpec(token_env="RACK_TOKEN")
+    with pytest.raises(InvalidInput, match="RACK_TOKEN"):
+        keys.control_token(named, paths, warned.append)
+    monkeypatch.setenv("RACK_TOKEN", "named")
+    assert keys.control_token(named, paths, warned.append) == "named"
+    assert keys.token_file(named, paths) is None
 
 
 def test_without_auth_no_key_is_made():

@@ -80,6 +80,7 @@ class Home:
         parsed = yaml.safe_load((ROOT / "topologies/local-simulated.yaml").read_text())
         parsed["cluster_name"] = name
         parsed["metadata"]["serving"]["gateway"]["port"] = free_port()
+        parsed["metadata"]["serving"]["control"] = {"port": free_port()}
         if edit is not None:
             edit(parsed["metadata"]["serving"])
         path = self.folder / f"{name}.yaml"
@@ -184,6 +185,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 
 @pytest.fixture(scope="session")
 def cluster(home: Home) -> Cluster:
-    topology = home.topology("it-shared")
+    def edit(serving: dict[str, Any]) -> None:
+        # On a machine of two cores: room for a third and a fourth worker.
+        for pool in serving["pools"]:
+            pool["placement"] = {"resources": {"CPU": 0.5}}
+
+    topology = home.topology("it-shared", edit)
     up = home.run("up", str(topology))
     return Cluster(home, "it-shared", topology, up)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import urllib.error
+import urllib.request
 
 import pytest
+import yaml
 
 pytestmark = pytest.mark.integration
 
@@ -14,12 +17,30 @@ def generations(status):
     return {w["name"]: w["generation"] for w in status["workers"] if w["state"] == "ready"}
 
 
+def token(cluster):
+    return (cluster.home.state(cluster.name) / "control-token").read_text().strip()
+
+
+def control_api(cluster, bearer):
+    port = yaml.safe_load(cluster.topology.read_text())["metadata"]["serving"]["control"]["port"]
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/status", headers={"authorization": f"Bearer {bearer}"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 def test_a_killed_controller_comes_back_and_adopts_the_same_workers(cluster):
     before = cluster.status()
     assert generations(before) == {"prefill/0": 1, "decode/0": 1}
     engines = {w["name"]: w["engine_pid"] for w in before["workers"]}
     (process,) = cluster.home.actor(cluster.name, "ControllerActor")
+    assert (control_api(cluster, token(cluster)), control_api(cluster, "wrong")) == (200, 401)
     process.send_signal(signal.SIGKILL)
+    process.wait(10)
     # Serving does not need it.
     assert cluster.ask()["decode"] == "decode/0"
     after = cluster.wait_for(
@@ -30,6 +51,8 @@ def test_a_killed_controller_comes_back_and_adopts_the_same_workers(cluster):
     assert generations(after) == generations(before)
     assert {w["name"]: w["engine_pid"] for w in after["workers"]} == engines
     assert after["version"] > before["version"]
+    # Its API is at the same place, with the same token.
+    assert (control_api(cluster, token(cluster)), control_api(cluster, "wrong")) == (200, 401)
     started = next(e["text"] for e in after["events"] if e["kind"] == "ControllerStarted")
     assert started.startswith(f"{cluster.name} started adopted=2")
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,16 +45,15 @@ def test_up_prints_the_endpoint_and_a_line_to_paste_that_works(cluster):
 
 def test_no_secret_is_printed_logged_or_in_any_command_line(cluster):
     state = cluster.home.state(cluster.name)
-    secrets = [
-        (state / name).read_text().strip() for name in ("api-key", "engine-key", "ray-token")
-    ]
+    names = ("api-key", "engine-key", "ray-token", "control-token")
+    secrets = [(state / name).read_text().strip() for name in names]
     places = [cluster.up.said, json.dumps(cluster.status())]
     places += [" ".join(p.cmdline()) for p in cluster.home.processes(cluster.name)]
     places += [p.read_text(errors="replace") for p in (state / "logs").iterdir()]
     for secret in secrets:
         assert len(secret) > 20
         assert not any(secret in place for place in places)
-    for name in ("api-key", "engine-key", "ray-token"):
+    for name in names:
         assert (state / name).stat().st_mode & 0o077 == 0
 
 
@@ -127,13 +127,81 @@ def test_up_again_changes_nothing(cluster):
     ]
 
 
-def test_up_of_a_changed_file_says_what_to_do(cluster, tmp_path):
-    parsed = yaml.safe_load(cluster.topology.read_text())
-    parsed["metadata"]["serving"]["pools"][1]["replicas"] = 2
-    changed = tmp_path / "changed.yaml"
-    changed.write_text(yaml.safe_dump(parsed))
-    refused = cluster.home.run("up", str(changed), exit_code=1)
-    assert f"pdcluster down --cluster {cluster.name}" in refused.stderr
+@pytest.fixture
+def edited(cluster, tmp_path):
+    def write(edit):
+        parsed = yaml.safe_load(cluster.topology.read_text())
+        edit(parsed["metadata"]["serving"])
+        changed = tmp_path / "changed.yaml"
+        changed.write_text(yaml.safe_dump(parsed))
+        return str(changed)
+
+    return write
+
+
+def test_up_of_a_changed_file_names_the_keys_and_says_what_to_do(cluster, edited):
+    def edit(serving):
+        serving["pools"][1]["replicas"] = 2
+        serving["pools"][1]["simulated"]["decode_step_s"] = 0.1
+        serving["gateway"]["port"] += 1
+
+    for options in ([], ["--no-wait"]):
+        refused = cluster.home.run("up", edited(edit), *options, exit_code=1)
+        assert "pools[decode].simulated.decode_step_s, gateway.port;" in refused.stderr
+        assert f"pdcluster down --cluster {cluster.name}" in refused.stderr
+    assert [w["name"] for w in cluster.status()["workers"]] == ["decode/0", "prefill/0"]
+
+
+def test_up_with_other_replicas_gives_a_running_cluster_just_those(cluster, edited):
+    def two_decode_workers(serving):
+        serving["pools"][1]["replicas"] = 2
+
+    def engines():
+        return {w["name"]: w["engine_pid"] for w in cluster.status()["workers"]}
+
+    before, gateways = engines(), cluster.home.actor(cluster.name, "GatewayReplica")
+    more = cluster.home.json("up", edited(two_decode_workers), "--no-wait")
+    assert (more["was_up"], more["changed"]) == (True, ["decode"])
+    cluster.wait_for(
+        lambda s: {p["name"]: p["ready"] for p in s["pools"]} == {"prefill": 1, "decode": 2}
+    )
+    assert before.items() < engines().items()
+    less = cluster.home.run("up", str(cluster.topology))
+    assert "changed: replicas of decode" in less.stdout
+    cluster.wait_for(lambda s: len(s["workers"]) == 2)
+    assert engines() == before
+    assert cluster.home.actor(cluster.name, "GatewayReplica") == gateways
+
+
+def test_commands_on_another_machine_need_an_address_and_the_token(cluster, tmp_path):
+    state = cluster.home.state(cluster.name)
+    serving = yaml.safe_load(cluster.topology.read_text())["metadata"]["serving"]
+    addresses = {
+        "PDCLUSTER_CONTROL_URL": f"http://127.0.0.1:{serving['control']['port']}",
+        "PDCLUSTER_ENDPOINT_URL": f"http://127.0.0.1:{serving['gateway']['port']}",
+    }
+    secrets = {
+        "PDCLUSTER_CONTROL_TOKEN": (state / "control-token").read_text().strip(),
+        "PDCLUSTER_API_KEY": key_of(cluster),
+    }
+    far = replace(cluster.home, folder=tmp_path, extra_env=addresses | secrets)
+    status = far.json("status")
+    assert [w["name"] for w in status["workers"]] == ["decode/0", "prefill/0"]
+    assert status["endpoint"] == addresses["PDCLUSTER_ENDPOINT_URL"]
+    answer = far.json("chat", " ".join(f"far{n}" for n in range(60)), "--max-tokens", "4")
+    assert answer["decode"] == "decode/0"
+    wait_until(lambda: far.json("transfers", answer["request_id"]), 10)
+    assert "simulated engine" in far.run("logs", "decode/0").stdout
+    following = far.start("logs", "decode/0", "-f", "-n", "1")
+    assert "simulated engine" in following.stdout.readline()
+    following.send_signal(signal.SIGINT)
+    assert following.wait(10) == 130
+
+    wrong = replace(far, extra_env=addresses | {"PDCLUSTER_CONTROL_TOKEN": "wrong"})
+    refused = wrong.run("status", exit_code=1)
+    assert "refuses the token; it came from PDCLUSTER_CONTROL_TOKEN" in refused.stderr
+    missing = replace(far, extra_env=addresses).run("status", exit_code=2)
+    assert "set PDCLUSTER_CONTROL_TOKEN" in missing.stderr
 
 
 def test_a_second_up_at_the_same_time_names_the_first(cluster, monkeypatch):
@@ -185,22 +253,32 @@ def test_the_key_is_asked_for(cluster):
     assert code == "401"
 
 
-def test_a_port_in_use_is_named_before_anything_starts(home):
+@pytest.mark.parametrize("section", ["gateway", "control"])
+def test_a_port_in_use_is_named_before_anything_starts(home, section):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
 
         def edit(serving):
-            serving["gateway"]["port"] = port
+            serving[section]["port"] = port
 
         topology = home.topology("it-port", edit)
         refused = home.run("up", str(topology), exit_code=2)
     assert f"127.0.0.1:{port}" in refused.stderr
     assert f"pid {os.getpid()}" in refused.stderr
-    assert "metadata.serving.gateway.port" in refused.stderr
+    assert f"metadata.serving.{section}.port" in refused.stderr
     assert "Ray" not in refused.stderr
     assert home.processes("it-port") == []
+
+
+def test_endpoint_and_control_api_cannot_have_one_port(home):
+    def edit(serving):
+        serving["control"]["port"] = serving["gateway"]["port"]
+
+    refused = home.run("up", str(home.topology("it-same", edit)), exit_code=2)
+    assert "metadata.serving.control.port" in refused.stderr
+    assert "gateway.port" in refused.stderr
 
 
 def test_a_missing_model_folder_is_named_before_anything_starts(home):

@@ -72,9 +72,8 @@ class Engine:
         """POST `body`, or GET without one."""
         headers = {"Authorization": f"Bearer {ENGINE_KEY}"}
         async with aiohttp.ClientSession(self.url, headers=headers) as session:
-            call = session.get(path)
-            if body is not None:
-                call = session.post(path, json={**self.alone, **body} if "/v1/" in path else body)
+            sent = {**self.alone, **(body or {})} if path.startswith("/v1/") else body
+            call = session.get(path) if body is None else session.post(path, json=sent)
             async with call as response:
                 if response.content_type == "application/json":
                     return await response.json()

@@ -104,6 +104,11 @@ def body(prompt: str, max_tokens: int = 8, **more):
     return {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, **more}
 
 
+def streamed_body(number: int):
+    prompt = f"Stream {number} " * 20
+    return {"prompt": prompt, "max_tokens": 80, "extra_body": {"ignore_eos": True}}
+
+
 def island_of(worker: str) -> str:
     """`decode-atlas/0` is in atlas."""
     return worker.partition("/")[0].partition("-")[2]
@@ -237,10 +242,21 @@ async def test_a_lost_island_loses_no_request(start_engine, start_over, tools, l
     islands = start_islands(start_engine, tools, decode_step_s=0.01)
     other = {"h200": "atlas", "atlas": "h200"}[lost]
     async with start_over(islands) as gateway:
+
+        async def stream(number: int) -> str:
+            text = ""
+            async for chunk in await gateway.openai.completions.create(
+                model="simulated", stream=True, **streamed_body(number)
+            ):
+                text += chunk.choices[0].text
+            return text
+
+        undisturbed = [await stream(number) for number in range(8)]
         requests = [
             asyncio.create_task(gateway.post(COMPLETIONS, body(f"{number} " * 30, 80)))
             for number in range(12)
         ]
+        streams = [asyncio.create_task(stream(number)) for number in range(8)]
 
         async def is_busy() -> bool:
             return sum([await engine.running() for engine in islands.of(lost)]) >= 2
@@ -248,6 +264,8 @@ async def test_a_lost_island_loses_no_request(start_engine, start_over, tools, l
         await tools.eventually(is_busy)
         for engine in islands.of(lost):
             engine.kill()
+        texts = await asyncio.gather(*streams)
+        assert texts == undisturbed
         requests += [
             asyncio.create_task(gateway.post(COMPLETIONS, body(f"{number} " * 30, 8)))
             for number in range(12, 24)

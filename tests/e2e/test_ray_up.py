@@ -1,0 +1,254 @@
+"""Ray's own `ray up` and `ray down` over unlike hosts, made of namespaces: first Ray alone, then with
+real engines that hand KV from host to host.
+
+The tests of each part run in their order on one cluster, as its life goes.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.hosts_rack import (
+    ATLAS,
+    CLUSTER,
+    CPU,
+    H200,
+    HEAD,
+    OPERATOR,
+    OTHER_SPARE,
+    SPARE,
+    Hosts,
+    Rack,
+    address,
+    hosts_up,
+    rack,
+    wait_for,
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+ALL = (OPERATOR, HEAD, H200, ATLAS, CPU, SPARE, OTHER_SPARE)
+BARE = {"h200": [H200], "atlas-a3": [ATLAS], "spare": [SPARE]}
+SERVING = {"h200": [H200], "atlas-a3": [ATLAS], "cpu": [CPU], "spare": [SPARE]}
+
+
+def nothing_left(hosts: Hosts) -> dict[int, list[str]]:
+    return {host: left for host in ALL if (left := hosts.left(host))}
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    # Not pytest's own folder: every host sees this one under the same short name.
+    shared = Path("/tmp/pdcluster-e2e-hosts")
+    shared.mkdir(mode=0o755, exist_ok=True)
+    for file in shared.iterdir():
+        file.unlink()
+    with hosts_up("pde2e", shared, len(ALL)) as made:
+        yield made
+    for file in shared.iterdir():
+        file.unlink()
+    shared.rmdir()
+
+
+# Ray alone: hosts that fail, operators that collide, a head that dies
+
+
+@pytest.fixture(scope="module")
+def bare(hosts: Hosts) -> Rack:
+    made = Rack(hosts, hosts.shared / "bare.yaml")
+    made.write(rack(BARE, serving=False))
+    return made
+
+
+def test_up_after_an_up_that_was_killed_half_way_names_a_silent_host_and_brings_up_the_rest(
+    bare: Rack,
+) -> None:
+    bare.hosts.tool("deaf", str(ATLAS))
+    first = subprocess.Popen(
+        bare.hosts.command(OPERATOR, "ray", "up", "-y", str(bare.file)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wait_for(lambda: bare.hosts.pids(HEAD, "gcs_server") or None, 60, "Ray begins on the head")
+    bare.hosts.run(OPERATOR, "pkill", "-KILL", "-f", "ray up -y")
+    first.wait(10)
+    said = bare.ray_up()
+    assert f"host {address(ATLAS)} does not answer: ssh: connect to host" in said
+    assert "Connection refused" in said
+    nodes = bare.await_nodes(HEAD, H200, SPARE)
+    assert nodes[address(H200)]["Resources"]["GPU"] == 8
+
+
+def test_a_host_that_answers_later_joins_by_itself(bare: Rack) -> None:
+    bare.hosts.tool("sshd", str(ATLAS))
+    nodes = bare.await_nodes(HEAD, H200, ATLAS, SPARE)
+    assert nodes[address(ATLAS)]["Resources"]["NPU"] == 16
+    assert nodes[address(ATLAS)]["Labels"]["ray.io/accelerator-type"] == "Ascend910_93"
+    assert nodes[address(H200)]["Labels"]["ray.io/accelerator-type"] == "H200"
+
+
+def test_a_second_operator_is_told_who_is_at_work(bare: Rack) -> None:
+    code = (
+        "import time; from cluster.nodes.operator_lock import OperatorLock; "
+        "from cluster.nodes.ssh import Host; "
+        f"OperatorLock(Host('{address(HEAD)}', 'root', key='~/.ssh/id_ed25519'), '{CLUSTER}')"
+        ".acquire(); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        bare.hosts.command(OPERATOR, "python3", "-c", code), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        for said in (bare.ray_up(check=False), bare.ray_down(check=False).stderr):
+            assert f"Error: another operator is at work on cluster {CLUSTER}: root on host0" in said
+            assert "Traceback" not in said
+        assert len(bare.nodes()) == 4
+    finally:
+        holder.send_signal(signal.SIGTERM)
+        holder.wait(10)
+
+
+def test_down_ends_every_host_also_when_the_head_is_dead(bare: Rack) -> None:
+    bare.hosts.run(HEAD, "pkill", "-KILL", "-x", "gcs_server|raylet")
+    other = subprocess.Popen(bare.hosts.command(H200, "sleep", "300"))
+    try:
+        bare.ray_down()
+        left = nothing_left(bare.hosts)
+        assert left == {H200: ["sleep 300"]}, "somebody else's process stays, and nothing else"
+    finally:
+        other.kill()
+        other.wait()
+    bare.hosts.run(H200, "pkill", "sleep")
+
+
+# with engines
+
+
+@pytest.fixture(scope="module")
+def up(hosts: Hosts) -> Iterator[Rack]:
+    """The rack, up, and its three engines ready."""
+    made = Rack(hosts, hosts.shared / "rack.yaml")
+    made.write(rack(SERVING, serving=True))
+    try:
+        made.ray_up()
+
+        def ready() -> bool | None:
+            states = {worker["state"] for worker in made.workers().values()}
+            if states & {"failed"}:
+                pytest.fail(f"a worker failed: {made.status()}")
+            return True if states == {"ready"} and len(made.workers()) == 3 else None
+
+        wait_for(ready, 240, "three engines ready")
+        yield made
+    finally:
+        made.ray_down(check=False)
+
+
+def test_requests_are_answered_across_hosts_with_kv_moving_between_them(up: Rack) -> None:
+    workers = up.workers()
+    assert workers["prefill/0"]["node_ip"] == address(H200)
+    assert workers["decode-atlas/0"]["node_ip"] == address(ATLAS)
+    assert workers["decode-cpu/0"]["node_ip"] == address(CPU)
+    answers = [up.chat("What is the capital of France?")]
+    answers += [up.chat(f"Name {number} rivers, please.") for number in range(2, 6)]
+    assert "Paris" in answers[0]["text"]
+    assert {answer["route"] for answer in answers} == {"disaggregated"}
+    assert {answer["prefill"] for answer in answers} == {"prefill/0"}
+    for answer in answers:
+        done = up.pdcluster("transfers", answer["request_id"], "--topology", str(up.file), "--json")
+        (pulled,) = [r for r in json.loads(done.stdout) if r["outcome"] == "pulled"]
+        assert pulled["tokens_pulled"] == answer["usage"]["prompt_tokens"]
+        assert pulled["bytes_pulled"] > 0
+
+
+def test_status_logs_and_chat_work_from_the_operators_host(up: Rack) -> None:
+    assert up.status()["cluster"] == CLUSTER
+    log = up.pdcluster("logs", "decode-cpu/0", "--topology", str(up.file), "-n", "2000").stdout
+    assert "Application startup complete" in log
+    refused = up.hosts.run(OPERATOR, "pdcluster", "status", str(up.file), check=False)
+    assert refused.returncode != 0
+    assert "PDCLUSTER_CONTROL_TOKEN" in refused.stderr
+
+
+def test_up_again_and_a_changed_file_leave_alone_what_has_not_changed(up: Rack) -> None:
+    def standing() -> dict[str, Any]:
+        raylets = {host: up.hosts.pids(host, "raylet") for host in (HEAD, H200, ATLAS, CPU)}
+        return raylets | {n: (w["generation"], w["engine_pid"]) for n, w in up.workers().items()}
+
+    before = standing()
+    spare = up.hosts.pids(SPARE, "raylet")
+    assert "nothing to do" in up.ray_up()
+    assert standing() == before
+    assert up.hosts.pids(SPARE, "raylet") == spare != []
+    up.write(rack({**SERVING, "spare": [OTHER_SPARE]}, serving=True))
+    said = up.ray_up()
+    assert f"{address(SPARE)} leaves: it is no host of spare any more" in said
+    up.await_nodes(HEAD, H200, ATLAS, CPU, OTHER_SPARE)
+    assert up.hosts.left(SPARE) == []
+    assert standing() == before
+    assert up.chat("Say yes.")["route"] == "disaggregated"
+
+
+def test_a_host_cut_off_in_mid_traffic_leaves_and_requests_go_to_those_that_remain(
+    up: Rack,
+) -> None:
+    log = up.hosts.shared / "traffic.jsonl"
+    log.touch()
+    key = up.hosts.run(HEAD, "cat", f".local/state/pdcluster/{CLUSTER}/api-key").stdout.strip()
+    url = f"http://{address(HEAD)}:8000/v1/chat/completions"
+    script = Path(__file__).with_name("hosts_traffic.py")
+    traffic = subprocess.Popen(
+        up.hosts.command(
+            *(OPERATOR, "env", f"PDCLUSTER_API_KEY={key}"),
+            *("python3", str(script), url, str(log), "2"),
+        )
+    )
+
+    def outcomes() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in log.read_text().splitlines()]
+
+    def answered_by(decode: str, after_s: float = 0.0) -> list[dict[str, Any]] | None:
+        found = [o for o in outcomes() if o.get("decode") == decode and o["begun_s"] > after_s]
+        return found or None
+
+    try:
+        wait_for(lambda: answered_by("decode-cpu/0"), 60, "the host answers")
+        wait_for(lambda: answered_by("decode-atlas/0"), 60, "the other answers")
+        up.hosts.tool("cut", str(CPU))
+        cut_s = time.time()
+
+        def gone() -> float | None:
+            states = {name: worker["state"] for name, worker in up.workers().items()}
+            return time.time() if states.get("decode-cpu/0") != "ready" else None
+
+        gone_s = wait_for(gone, 90, "its worker leaves the snapshot")
+        wait_for(lambda: answered_by("decode-atlas/0", gone_s), 60, "requests go on")
+        time.sleep(5)
+    finally:
+        log.with_name(f"{log.name}.stop").touch()
+        traffic.wait(150)
+    later = [outcome for outcome in outcomes() if outcome["begun_s"] > gone_s]
+    assert later
+    assert all(outcome["ok"] for outcome in later)
+    assert {outcome["decode"] for outcome in later} == {"decode-atlas/0"}
+    hit = [o for o in outcomes() if not o["ok"]]
+    print(f"gone after {gone_s - cut_s:.1f} s; {len(hit)} requests in hand were lost: {hit}")
+
+
+def test_down_leaves_nothing_on_any_host_also_on_one_that_was_cut_off(up: Rack) -> None:
+    refused = up.ray_down(check=False)
+    assert refused.returncode != 0
+    assert f"{address(CPU)}: ssh: connect to host" in refused.stderr
+    up.hosts.tool("join", str(CPU))
+    up.ray_down()
+    assert nothing_left(up.hosts) == {}
