@@ -144,23 +144,24 @@ def rack(types: dict[str, list[int]], *, serving: bool) -> dict[str, Any]:
 
 
 def _serving(serving: dict[str, Any]) -> dict[str, Any]:
-    """One real engine on each kind of host: they stand for the engines that belong there."""
-    places = {
-        "prefill": {"resources": {"GPU": 1}, "labels": {"ray.io/accelerator-type": "H200"}},
-        "decode-atlas": {"resources": {"NPU": 1}},
-        "decode-cpu": {"resources": {"CPU": 8}, "labels": {"hardware": "cpu"}},
+    """One real engine on each kind of host: they stand for the engines that belong there. Their
+    devices are asked for by label, since a CPU engine that asks for a GPU is refused."""
+    labels = {
+        "prefill": {"ray.io/accelerator-type": "H200"},
+        "decode-atlas": {"ray.io/accelerator-type": "Ascend910_93"},
+        "decode-cpu": {"hardware": "cpu"},
     }
     serving["pools"] = [
         {
             "name": name,
             "role": name.partition("-")[0],
             "hardware": "cpu",
-            "placement": placement,
+            "placement": {"resources": {"CPU": 8}, "labels": wanted},
             "kv_cache_gib": 0.25,
         }
-        for name, placement in places.items()
+        for name, wanted in labels.items()
     ]
-    serving["islands"] = [{"name": "cpu", "pools": list(places), "connector": "nixl"}]
+    serving["islands"] = [{"name": "cpu", "pools": list(labels), "connector": "nixl"}]
     serving["model"] |= {"dtype": "float32", "max_model_len_tokens": 2048}
     for section in ("gateway", "control"):
         serving[section]["host"] = address(HEAD)

@@ -7,6 +7,7 @@ asked before is part of the proof that no block crossed, and engines are killed 
 from __future__ import annotations
 
 import json
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -26,6 +27,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 OTHER = {"h200": "atlas", "atlas": "h200"}
 ATLAS_TOKENS, H200_TOKENS = 2048, 4096
 RESTARTED_WITHIN_S = 240.0
+STREAM_BEGUN_CHUNKS = 5
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Mixed:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.answers: list[Answer] = []
+        self.streaming = {island: threading.Event() for island in OTHER}
 
     def ask(self, text: str, **more: Any) -> Answer:
         raw = self.cluster.ask([{"role": "user", "content": text}], **more)
@@ -80,7 +83,12 @@ class Mixed:
             extra_body={"return_token_ids": True} | more.pop("extra_body", {}),
             **more,
         )
-        chunks = [chunk for chunk in stream if chunk.choices]
+        island = island_of(stream.response.headers["x-pdcluster-decode"])
+        chunks = []
+        for chunk in stream:
+            chunks += [chunk] if chunk.choices else []
+            if len(chunks) == STREAM_BEGUN_CHUNKS:
+                self.streaming[island].set()
         assert chunks[-1].choices[0].finish_reason == "length"
         return tuple(
             token
@@ -188,22 +196,24 @@ def test_no_block_has_crossed(mixed: Mixed) -> None:
 @pytest.mark.parametrize("lost", ["atlas", "h200"])
 def test_a_lost_island_loses_no_request_and_comes_back(mixed: Mixed, lost: str) -> None:
     before = mixed.workers(lost)
+    recovered_before = metric(
+        metrics_of(mixed.cluster.base_url), "pdcluster_gateway_recoveries_total"
+    )
     texts = [f"{lost} {filler(30, seed)} Tell a story about it." for seed in range(200, 206)]
+    mixed.streaming[lost].clear()
     with ThreadPoolExecutor(2 * len(texts)) as pool:
         long = {"max_tokens": 96, "extra_body": {"ignore_eos": True}}
         in_hand = [pool.submit(mixed.ask, text, **long) for text in texts]
         streams = [pool.submit(mixed.stream, text, **long) for text in texts]
-        decode = before[f"decode-{lost}/0"]["url"]
-        while not metric(metrics_of(decode), "vllm:num_requests_running"):
-            assert not all(request.done() for request in in_hand), "the island got nothing"
+        assert mixed.streaming[lost].wait(120), "the island streams nothing"
         for worker in before.values():
             psutil.Process(worker["engine_pid"]).kill()
         answers = [request.result(300) for request in in_hand]
         streamed = [stream.result(300) for stream in streams]
     # A stream that was broken off went on where it was; an answer not begun was begun anew.
     assert streamed == [answer.token_ids for answer in answers]
-    recovered = metric(metrics_of(mixed.cluster.base_url), "pdcluster_gateway_recoveries_total")
-    assert recovered > 0
+    recoveries = metric(metrics_of(mixed.cluster.base_url), "pdcluster_gateway_recoveries_total")
+    assert recoveries > recovered_before
 
     deadline = time.monotonic() + RESTARTED_WITHIN_S
     meanwhile = 0

@@ -1,5 +1,5 @@
-"""Ray's own `ray up` and `ray down` over unlike hosts, made of namespaces: first Ray alone, then with
-real engines that hand KV from host to host.
+"""Ray's own `ray up` and `ray down` over unlike hosts, made of namespaces: first Ray alone, then
+with real engines that hand KV from host to host.
 
 The tests of each part run in their order on one cluster, as its life goes.
 """
@@ -7,7 +7,6 @@ The tests of each part run in their order on one cluster, as its life goes.
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -98,37 +97,34 @@ def test_a_host_that_answers_later_joins_by_itself(bare: Rack) -> None:
 
 def test_a_second_operator_is_told_who_is_at_work(bare: Rack) -> None:
     code = (
-        "import time; from cluster.nodes.operator_lock import OperatorLock; "
+        "import sys; from cluster.nodes.operator_lock import OperatorLock; "
         "from cluster.nodes.ssh import Host; "
         f"OperatorLock(Host('{address(HEAD)}', 'root', key='~/.ssh/id_ed25519'), '{CLUSTER}')"
-        ".acquire(); print('held', flush=True); time.sleep(60)"
+        ".acquire(); print('held', flush=True); sys.stdin.read()"
     )
-    holder = subprocess.Popen(
-        bare.hosts.command(OPERATOR, "python3", "-c", code), stdout=subprocess.PIPE, text=True
-    )
-    try:
+    with subprocess.Popen(
+        bare.hosts.command(OPERATOR, "python3", "-c", code),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdin is not None
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         for said in (bare.ray_up(check=False), bare.ray_down(check=False).stderr):
             assert f"Error: another operator is at work on cluster {CLUSTER}: root on host0" in said
             assert "Traceback" not in said
         assert len(bare.nodes()) == 4
-    finally:
-        holder.send_signal(signal.SIGTERM)
-        holder.wait(10)
+        holder.stdin.close()
 
 
 def test_down_ends_every_host_also_when_the_head_is_dead(bare: Rack) -> None:
     bare.hosts.run(HEAD, "pkill", "-KILL", "-x", "gcs_server|raylet")
-    other = subprocess.Popen(bare.hosts.command(H200, "sleep", "300"))
-    try:
-        bare.ray_down()
-        left = nothing_left(bare.hosts)
-        assert left == {H200: ["sleep 300"]}, "somebody else's process stays, and nothing else"
-    finally:
-        other.kill()
-        other.wait()
-    bare.hosts.run(H200, "pkill", "sleep")
+    # Somebody else's, on one of the hosts: it stays, and nothing else.
+    bare.hosts.run(H200, "sh", "-c", "sleep 300 >/dev/null 2>&1 &")
+    bare.ray_down()
+    assert nothing_left(bare.hosts) == {H200: ["sleep 300"]}
+    bare.hosts.run(H200, "pkill", "-x", "sleep")
 
 
 # with engines
