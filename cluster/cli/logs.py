@@ -29,6 +29,9 @@ def logs(
     cluster: Cluster = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Last lines to show.")] = 100,
+    rank: Annotated[
+        int, typer.Option("--rank", min=0, help="Which node, of a replica that spans several.")
+    ] = 0,
 ) -> None:
     """Show a worker's engine log. With -f also across restarts of the worker.
 
@@ -39,9 +42,10 @@ def logs(
         wanted = WorkerId.parse(worker)
     except ValueError as error:
         raise InvalidInput(str(error)) from error
-    log = _newest_log(at.cluster, wanted) if _is_all_here(at) else None
+    # All here means one node, whose replicas have no other ranks than 0.
+    log = _newest_log(at.cluster, wanted) if _is_all_here(at) and not rank else None
     if log is None:
-        _remote_logs(at.control(), wanted, follow, lines)
+        _remote_logs(at.control(), wanted, rank, follow, lines)
     else:
         _local_logs(at.cluster, wanted, log, follow, lines)
 
@@ -80,18 +84,20 @@ def _local_logs(cluster: str, worker: WorkerId, log: Path, follow: bool, lines: 
         time.sleep(_FOLLOW_S)
 
 
-def _remote_logs(control: ControlClient, worker: WorkerId, follow: bool, lines: int) -> None:
+def _remote_logs(
+    control: ControlClient, worker: WorkerId, rank: int, follow: bool, lines: int
+) -> None:
     """From the node that runs the worker, by way of the control API."""
     most = min(lines * _LINE_BYTES, MOST_LOG_BYTES)
     try:
-        window = control.read_log(worker, -most, max(1, most))
+        window = control.read_log(worker, -most, max(1, most), rank)
     except PeerGone as error:
         error.add_note("`pdcluster status` shows why, and the last words of one that failed")
         raise
     offset, generation = _write_tail(window.data, window.next_offset, lines), window.generation
     while follow:
         try:
-            window = control.read_log(worker, offset, _CHUNK_BYTES)
+            window = control.read_log(worker, offset, _CHUNK_BYTES, rank)
         except PeerGone:  # it is being replaced
             time.sleep(_FOLLOW_S)
             continue

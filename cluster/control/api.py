@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cluster import __version__
 from cluster.control import wire
 from cluster.control.state import ClusterStatus, LogWindow
-from cluster.errors import ClusterError, PeerGone
+from cluster.errors import ClusterError, InvalidInput, PeerGone
 from cluster.transfers import TransferRecord
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,9 @@ class Controls(Protocol):
 
     async def transfers(self, request_id: str) -> list[TransferRecord]: ...
 
-    async def read_log(self, worker: str, offset: int, limit_bytes: int) -> LogWindow: ...
+    async def read_log(
+        self, worker: str, offset: int, limit_bytes: int, rank: int = 0
+    ) -> LogWindow: ...
 
 
 class Bearer:
@@ -128,7 +130,10 @@ def _reading(controls: Controls) -> APIRouter:
                     },
                 },
             },
-            404: {"model": wire.Refusal, "description": "No such worker runs now."},
+            404: {
+                "model": wire.Refusal,
+                "description": "No such worker runs now, or no such rank.",
+            },
             503: {"model": wire.Refusal, "description": "The worker does not answer."},
         },
     )
@@ -141,11 +146,16 @@ def _reading(controls: Controls) -> APIRouter:
         limit_bytes: Annotated[
             int, Query(ge=1, le=wire.MOST_LOG_BYTES, description="Longest answer.")
         ] = _DEFAULT_LOG_BYTES,
+        rank: Annotated[
+            int, Query(ge=0, description="Which node of a replica that spans several.")
+        ] = 0,
     ) -> Response:
         """Bytes of the log of the worker's present engine."""
         name = f"{pool}/{index}"
         try:
-            window = await controls.read_log(name, offset, limit_bytes)
+            window = await controls.read_log(name, offset, limit_bytes, rank)
+        except InvalidInput as error:
+            return _refused(HTTPStatus.NOT_FOUND, str(error), "no_such_rank")
         except PeerGone as error:
             known = {report.id.name for report in (await controls.status()).workers}
             status = HTTPStatus.SERVICE_UNAVAILABLE if name in known else HTTPStatus.NOT_FOUND

@@ -66,13 +66,16 @@ class ControlClient:
         answer = self._get("/v1/transfers", request_id=request_id)
         return self._understood(wire.read_transfers, answer.body)
 
-    def read_log(self, worker: WorkerId, offset: int, limit_bytes: int) -> LogWindow:
+    def read_log(self, worker: WorkerId, offset: int, limit_bytes: int, rank: int = 0) -> LogWindow:
         """Up to `limit_bytes` of the log of the worker's present engine from `offset`; a negative
-        one counts from the end. Raises: PeerGone: there is no such worker now."""
+        one counts from the end. `rank`: the node, of a replica that spans several.
+
+        Raises: PeerGone: there is no such worker now."""
         answer = self._get(
             f"/v1/workers/{worker.pool}/{worker.index}/log",
             offset=str(offset),
             limit_bytes=str(min(limit_bytes, wire.MOST_LOG_BYTES)),
+            rank=str(rank),
         )
         return LogWindow(
             answer.body,

@@ -176,15 +176,18 @@ class Controller:
         ]
         return sorted(records, key=lambda record: record.at_s)
 
-    async def read_log(self, worker: str, offset: int, limit_bytes: int) -> LogWindow:
+    async def read_log(
+        self, worker: str, offset: int, limit_bytes: int, rank: int = 0
+    ) -> LogWindow:
         """Bytes of the log of the worker's (POOL/INDEX) present engine, as WorkerHandle.read_log.
 
-        Raises: PeerGone: there is no such worker now, or it does not answer."""
+        Raises: PeerGone: there is no such worker now, or it does not answer; InvalidInput: it has
+        no such rank."""
         await self._restored()
         wanted = WorkerId.parse(worker)
         for tracked in reversed(self._in_order()):
             if tracked.id.name == wanted.name and tracked.handle is not None:
-                data, after = await tracked.handle.read_log(offset, limit_bytes)
+                data, after = await tracked.handle.read_log(offset, limit_bytes, rank)
                 return LogWindow(data, after, tracked.id.generation)
         raise PeerGone(worker, "no such worker runs now")
 

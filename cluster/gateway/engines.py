@@ -84,11 +84,23 @@ class Engines:
             return await read(worker, response)
 
     async def render(self, endpoint: Endpoint, body: dict[str, Any]) -> list[list[int]]:
-        """Token ids per prompt, as an engine would make them.
+        """Token ids per prompt, as an engine would make them. If one fails, another is asked.
 
         Raises: EngineFailed, NoCapacity, Rejected, CannotRender.
         """
         worker = self._fleet.any_decoder()
+        try:
+            return await self._render(worker, endpoint, body)
+        except EngineFailed:
+            self._fleet.suspect(worker.id)
+            other = self._fleet.any_decoder()
+            if other.id == worker.id:
+                raise
+            return await self._render(other, endpoint, body)
+
+    async def _render(
+        self, worker: WorkerView, endpoint: Endpoint, body: dict[str, Any]
+    ) -> list[list[int]]:
         try:
             answer = orjson.loads(
                 await self.ask(worker, f"{endpoint}/render", orjson.dumps(body), "render")

@@ -64,8 +64,7 @@ class Passage(ABC, Generic[T]):
         """End what still runs, in the right order. `close_decode`: closes decode's answer."""
 
     async def _prefill(self, fields: Fields) -> Mapping[str, Any]:
-        with self._fleet.busy(self._transfer.prefill.id):
-            return await self._call_prefill(self._transfer.order, fields)
+        return await self._call_prefill(self._transfer.order, fields)
 
     def _prefill_is_late(self) -> EngineFailed:
         return EngineFailed(
@@ -80,7 +79,8 @@ class PrefillFirst(Passage[T]):
         transfer = self._transfer
         try:
             async with asyncio.timeout(self._budget_s):
-                answer = await self._prefill(await transfer.prefill_fields())
+                with self._fleet.busy(transfer.prefill.id):
+                    answer = await self._prefill(await transfer.prefill_fields())
         except TimeoutError:
             raise self._prefill_is_late() from None
         transfer.prefilled(answer)
@@ -100,7 +100,11 @@ class AtOnce(Passage[T]):
 
     async def _race(self, prefill: Coroutine[Any, Any, None], fields: Fields) -> T:
         name = self._transfer.request_id
+        # From now on, also while decode has not asked for it yet: the next request should see it.
+        busy = self._fleet.busy(self._transfer.prefill.id)
+        busy.__enter__()
         beside = self._beside = asyncio.create_task(prefill, name=f"prefill {name}")
+        beside.add_done_callback(lambda task: busy.__exit__())
         decode = asyncio.create_task(self._call_decode(fields), name=f"decode {name}")
         try:
             await asyncio.wait((beside, decode), return_when=asyncio.FIRST_COMPLETED)

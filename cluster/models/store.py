@@ -4,7 +4,9 @@
     local folder   looked at, not copied (models.folder)
     anything else  a hub id, handed to the engine as it is; nothing is downloaded
 
-Called by: launcher, before anything is started.
+    place_on_node  the same once more on each node of a worker: made, or known to be there
+
+Called by: launcher, before anything is started; workers, on their own node.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from cluster.models.errors import ModelError
 from cluster.models.progress import Progress
 from cluster.topology.schema import ModelSpec
 
-__all__ = ["BUILTIN", "ModelError", "Progress", "ResolvedModel", "resolve"]
+__all__ = ["BUILTIN", "ModelError", "Progress", "ResolvedModel", "place_on_node", "resolve"]
 
 BUILTIN = (smollm2.ID, simulated.ID)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Digests that say what was asked for, not what was seen (see `_hub`, control.state).
+_UNSEEN = ("hub:", "id:")
 # config.json's key for the longest sequence, by age and family of the model.
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
@@ -57,6 +61,38 @@ def resolve(model: ModelSpec, progress: Progress) -> ResolvedModel:
         _refuse_revision(model)
         return _local(model, place.absolute(), needs_weights=True)
     return _hub(model)
+
+
+def place_on_node(model: ModelSpec, path: str, digest: str, node: str, progress: Progress) -> str:
+    """What the engine on this node (`node`: its address, for people) loads for `model`, which was
+    resolved elsewhere to `path` with `digest`.
+
+    A builtin is made here if it is missing. Anything else with an absolute path must lie at the
+    same place on every node, and be the same; a hub id goes through. Blocks as `resolve`.
+
+    Raises: ModelError: it is missing here, or is another model than the one with `digest`.
+    Cancel: KeyboardInterrupt leaves no half model."""
+    if model.id in BUILTIN:
+        return path if Path(path).is_dir() else resolve(model, progress).path
+    place = Path(path).expanduser()
+    if not place.is_absolute():
+        return path
+    if not place.is_dir():
+        raise ModelError(
+            path,
+            f"is missing on node {node}",
+            "copy the model there: it must be at this path on every node that its pools may use; "
+            "`pdcluster doctor FILE` looks at all of them",
+        )
+    # Another node's digest is known only if `up` saw the folder itself.
+    if not digest.startswith(_UNSEEN) and folder.inspect(place).digest != digest:
+        raise ModelError(
+            path,
+            f"is another model on node {node} than where `up` ran: config.json, or the name, size "
+            "or header of a weight file differs",
+            "copy the same files to every node; `pdcluster doctor FILE` compares them",
+        )
+    return str(place)
 
 
 def _local(model: ModelSpec, place: Path, needs_weights: bool) -> ResolvedModel:

@@ -56,8 +56,9 @@ class ScalingSpec(Spec):
         default=15.0, description="A shortage counts once it has lasted this long."
     )
     role_window_s: NonNegativeFloat = Field(
-        default=60.0,
-        description="A pool lends a worker to the other role if it could spare it this long.",
+        default=30.0,
+        description="A pool lends a worker to the other role if it could spare it this long. A "
+        "shortage waits as long for one before a replica is started.",
     )
     down_window_s: NonNegativeFloat = Field(
         default=300.0, description="Replicas end if none was needed during this long."

@@ -1,13 +1,12 @@
 """The environment of an engine process: what it inherits, what it must not, what is added.
 
 An engine runs below a Ray worker process, whose environment is Ray's business and not the
-engine's. Pure. Called by: workers.process.
+engine's. An engine with an interpreter of its own still loads our connectors (`link_package`).
+Called by: workers.worker.
 """
 
 from __future__ import annotations
 
-import site
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,12 +27,11 @@ def engine_environment(
     owner: str,
     transfer_socket: Path,
     release_socket: Path,
-    source_root: str | None,
+    package_folder: Path,
 ) -> dict[str, str]:
     """`inherited` less Ray's, then the adapter's words, then ours. Holds secrets: never print.
 
-    `source_root`: the folder that holds the `cluster` package, put on PYTHONPATH; None if the
-    interpreter finds it by itself.
+    `package_folder`: put first on PYTHONPATH, as `link_package` makes it. Pure.
     """
     kept = {
         name: value
@@ -44,16 +42,17 @@ def engine_environment(
     environment[OWNER_ENV] = owner
     environment[SOCKET_ENV] = str(transfer_socket)
     environment[RELEASE_SOCKET_ENV] = str(release_socket)
-    if source_root is not None:
-        path = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = f"{source_root}:{path}" if path else source_root
+    path = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = f"{package_folder}:{path}" if path else str(package_folder)
     return environment
 
 
-def package_root() -> str | None:
-    """Where this `cluster` package lies, or None if that is a site-packages folder: another
-    interpreter must not get all of our packages through PYTHONPATH."""
-    root = Path(cluster.__file__).resolve().parent.parent
-    packages = {Path(folder).resolve() for folder in site.getsitepackages()}
-    in_packages = root in packages or root.is_relative_to(Path(sys.prefix).resolve())
-    return None if in_packages else str(root)
+def link_package(runtime_dir: Path) -> Path:
+    """Make a folder in `runtime_dir` in which there is this `cluster` package and nothing else.
+
+    Where the package itself lies, a checkout or site-packages, is no folder for another
+    interpreter's path: it would get our versions of everything. Raises: OSError."""
+    folder = runtime_dir / "python"
+    folder.mkdir()
+    (folder / "cluster").symlink_to(Path(cluster.__file__).resolve().parent)
+    return folder

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -23,11 +23,11 @@ from ray import exceptions as ray_exceptions
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.errors import PeerGone
+from cluster.errors import InvalidInput, PeerGone
 from cluster.identity import WorkerId, WorkerState
 from cluster.settings import ray_namespace, worker_actor
 from cluster.transfers import TransferRecord
-from cluster.workers.gang import merge
+from cluster.workers.gang import MeetingPlace, merge
 from cluster.workers.placement import (
     NodeFacts,
     PlacementRequest,
@@ -47,7 +47,9 @@ ANSWER_BOUND_S = 10.0
 _ACTOR_START_BOUND_S = 90.0
 _STOP_BOUND_S = 15.0
 
-_GROUP_LIVES = frozenset({"PENDING", "CREATED", "RESCHEDULING"})
+# A group is rescheduled when one of its nodes is lost; the ranks on the others live on.
+_GROUP_WAS_PLACED = frozenset({"CREATED", "RESCHEDULING"})
+_GROUP_LIVES = _GROUP_WAS_PLACED | {"PENDING"}
 
 T = TypeVar("T")
 
@@ -62,7 +64,7 @@ class WorkerHandle(Protocol):
 
     async def report(self) -> WorkerReport: ...
 
-    async def read_log(self, offset: int, limit_bytes: int) -> tuple[bytes, int]: ...
+    async def read_log(self, offset: int, limit_bytes: int, rank: int = 0) -> tuple[bytes, int]: ...
 
     async def transfers(self, after_seq: int) -> list[tuple[int, TransferRecord]]: ...
 
@@ -72,22 +74,39 @@ class WorkerHandle(Protocol):
 
 
 class WorkerActor(EngineWorker):
-    """What Ray runs: an EngineWorker that knows its node and finds its rank 0."""
+    """What Ray runs: an EngineWorker that knows its node and its gang."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         end_with_raylet()
-        super().__init__(spec, ray.util.get_node_ip_address(), find_head=self._ask_head)
+        gang = RayGang(spec) if spec.pool.nodes_per_replica > 1 else None
+        super().__init__(spec, ray.util.get_node_ip_address(), gang=gang)
 
-    async def address(self) -> str:
-        """The address at which the other ranks reach this node."""
-        return self._spec.host or self._node_ip
 
-    async def _ask_head(self) -> str:
-        name = worker_actor(self._spec.id)
-        head = ray.get_actor(name, namespace=ray_namespace(self._spec.cluster))
-        address: str = await head.address.remote()
-        return address
+class RayGang:
+    """workers.gang.Gang: the other ranks, found by their actors' names."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+
+    async def meeting_place(self) -> MeetingPlace:
+        try:
+            place: MeetingPlace = await self._actor(0).meeting_place.remote()
+        except (ValueError, ray_exceptions.RayError) as error:
+            if isinstance(error, ray_exceptions.RayTaskError) and isinstance(error.cause, PeerGone):
+                raise error.cause from None
+            why = f"rank 0: {str(error).partition(chr(10))[0]}"
+            raise PeerGone(str(self._spec.id), why) from error
+        return place
+
+    def end_others(self) -> None:
+        for rank in range(1, self._spec.pool.nodes_per_replica):
+            with contextlib.suppress(ValueError):  # that one is gone
+                self._actor(rank).stop.remote(0.0)
+
+    def _actor(self, rank: int) -> Any:
+        name = worker_actor(self._spec.id, rank)
+        return ray.get_actor(name, namespace=ray_namespace(self._spec.cluster))
 
 
 class RayWorkerHandle:
@@ -139,9 +158,14 @@ class RayWorkerHandle:
     async def _reports(self) -> list[WorkerReport]:
         return list(await asyncio.gather(*(actor.report.remote() for actor in self._actors)))
 
-    async def read_log(self, offset: int, limit_bytes: int) -> tuple[bytes, int]:
-        """As EngineWorker.read_log, of rank 0."""
-        return await self._ask(self._actors[0].read_log.remote(offset, limit_bytes), ANSWER_BOUND_S)
+    async def read_log(self, offset: int, limit_bytes: int, rank: int = 0) -> tuple[bytes, int]:
+        """As EngineWorker.read_log, of one rank. Raises: InvalidInput: there is no such rank."""
+        if not 0 <= rank < len(self._actors):
+            raise InvalidInput(
+                f"rank of {self._id.name}: found {rank}; it has ranks 0 to {len(self._actors) - 1}"
+            )
+        answer = self._actors[rank].read_log.remote(offset, limit_bytes)
+        return await self._ask(answer, ANSWER_BOUND_S)
 
     async def transfers(self, after_seq: int) -> list[tuple[int, TransferRecord]]:
         """As EngineWorker.transfers, of rank 0."""
@@ -152,9 +176,29 @@ class RayWorkerHandle:
         await self._ask(asyncio.gather(*calls), ANSWER_BOUND_S)
 
     async def stop(self, grace_s: float) -> None:
-        """As EngineWorker.stop, of all ranks at once."""
-        calls = (actor.stop.remote(grace_s) for actor in self._actors)
-        await self._ask(asyncio.gather(*calls), grace_s + _STOP_BOUND_S)
+        """As EngineWorker.stop: rank 0's requests end, then all ranks. Raises PeerGone only after
+        every rank that answers has ended."""
+        head, *others = self._actors
+        failed: list[BaseException | None] = []
+        try:
+            await self._ask(head.stop.remote(grace_s), grace_s + _STOP_BOUND_S)
+        except PeerGone as error:
+            failed.append(error)
+        # Rank 0 has told them already, unless it is gone.
+        failed += await self._stop_now(others)
+        for gone in failed:
+            if gone is not None:
+                raise gone
+
+    async def end(self) -> None:
+        """End every rank that answers, without grace. Never raises."""
+        await self._stop_now(self._actors)
+
+    async def _stop_now(self, actors: list[Any]) -> list[BaseException | None]:
+        calls: Iterable[Awaitable[None]] = (
+            self._ask(actor.stop.remote(0.0), _STOP_BOUND_S) for actor in actors
+        )
+        return list(await asyncio.gather(*calls, return_exceptions=True))
 
     async def _ask(self, answer: Awaitable[T], bound_s: float) -> T:
         try:
@@ -213,10 +257,10 @@ async def find_all(cluster: str) -> list[WorkerId]:
 async def remove(cluster: str, worker: WorkerId) -> None:
     """End the replica's engine, actors and placement group, without grace. Idempotent."""
     group, actors = await asyncio.to_thread(_parts, cluster, worker)
-    if group is not None and await asyncio.to_thread(_group_state, group) == "CREATED":
+    state = await asyncio.to_thread(_group_state, group) if group is not None else "REMOVED"
+    if state in _GROUP_WAS_PLACED:
         # Devices are free only when the engine is gone, and a killed actor's takes longer.
-        with contextlib.suppress(PeerGone):
-            await RayWorkerHandle(worker, actors, None).stop(0.0)
+        await RayWorkerHandle(worker, actors, None).end()
     await asyncio.to_thread(_remove, group, actors)
 
 

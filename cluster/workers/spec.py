@@ -26,7 +26,6 @@ class WorkerSpec:
     engine_key: str = field(repr=False)  # bearer token of the engine's HTTP port
     host: str = ""  # address to bind and to give to peers; "": the node's Ray address
     node_rank: int = 0
-    head_host: str = ""  # rank 0's address; "": the actor asks rank 0
     peers: tuple[PoolSpec, ...] = ()  # pools at the other end of this pool's links
 
     @property

@@ -18,27 +18,27 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from cluster.engines.base import EngineAdapter, Launch, LaunchContext
 from cluster.engines.client import EngineClient, EngineSample
-from cluster.engines.host import host_facts
 from cluster.engines.registry import adapter as engine_adapter
-from cluster.errors import ClusterError, EngineFailed
+from cluster.errors import ClusterError, EngineFailed, PeerGone
 from cluster.identity import WorkerState
 from cluster.settings import ClusterPaths
 from cluster.snapshot import Fingerprint
 from cluster.transfers import TransferRecord
-from cluster.workers import facts, health, logs
-from cluster.workers.environment import engine_environment, package_root
+from cluster.workers import facts, health, logs, secret_files
+from cluster.workers.environment import engine_environment, link_package
+from cluster.workers.gang import Gang, MeetingPlace
 from cluster.workers.ledger import Ledger, TransferSocket, check_socket_path, send_release
 from cluster.workers.lifecycle import Cause, Lifecycle
-from cluster.workers.ports import reserve
+from cluster.workers.ports import PortLease, reserve
+from cluster.workers.preparation import host_of, launch_context
 from cluster.workers.process import EngineProcess
 from cluster.workers.report import WorkerReport
 from cluster.workers.spec import WorkerSpec
@@ -75,25 +75,27 @@ class _Running:
 class EngineWorker:
     """Owns one engine's process tree, its ports and its log. All times are seconds.
 
-    `find_head` tells rank 0's address to the other ranks of a replica that spans nodes, unless
-    the spec does."""
+    `gang`: the other ranks of a replica that spans nodes. Ranks above 0 have no HTTP port: they
+    are ready when they run, and end when rank 0 says so or they are told to."""
 
     def __init__(
         self,
         spec: WorkerSpec,
         node_ip: str,
         rng: random.Random | None = None,
-        find_head: Callable[[], Awaitable[str]] | None = None,
+        gang: Gang | None = None,
     ) -> None:
         paths = ClusterPaths(spec.cluster)
         self._spec = spec
         self._node_ip = node_ip
-        self._find_head = find_head
+        self._gang = gang
         self._rng = rng or random.Random()
         self._log_path = paths.worker_log(spec.id, spec.node_rank)
         self._runtime_dir = paths.runtime / "w" / secrets.token_hex(4)
         self._lifecycle = Lifecycle(f"{spec.id}:{spec.node_rank}", time.monotonic())
         self._ledger = Ledger(spec.island.lease_s)
+        self._lease: PortLease | None = None
+        self._has_met = asyncio.Event()  # the ports are reserved, or never will be
         self._started_at_s = time.time()
         self._running: _Running | None = None
         self._fingerprint: Fingerprint | None = None
@@ -110,6 +112,15 @@ class EngineWorker:
         """Begin in the background; `report` tells how it goes. Further calls do nothing."""
         if self._living is None and self._ending is None:
             self._living = asyncio.create_task(self._live(), name=f"live {self._spec.id}")
+
+    async def meeting_place(self) -> MeetingPlace:
+        """Where the other ranks' engines find this one, once its ports are reserved.
+
+        Raises: PeerGone: it ended before. Cancel: safe."""
+        await self._has_met.wait()
+        if self._lease is None:
+            raise PeerGone(str(self._spec.id), f"rank 0 did not start: {self._lifecycle.message}")
+        return MeetingPlace(host_of(self._spec, self._node_ip), self._lease.ports)
 
     async def report(self) -> WorkerReport:
         """How the worker is, from what is known; asks the engine nothing."""
@@ -181,34 +192,18 @@ class EngineWorker:
     async def _begin(self) -> _Running:
         spec = self._spec
         adapter = engine_adapter(spec.pool.engine)
-        host_is = await asyncio.to_thread(host_facts)
-        host = spec.host or self._node_ip
-        head_host = spec.head_host
-        if spec.node_rank > 0 and not head_host and self._find_head is not None:
-            head_host = await self._find_head()
-        lease = reserve(adapter.ports(spec.pool, spec.island), host, self._rng)
-        self._resources.callback(lease.close)
+        needs = adapter.ports(spec.pool, spec.island)
+        self._lease = reserve(needs, host_of(spec, self._node_ip), self._rng)
+        self._resources.callback(self._lease.close)
+        self._has_met.set()
         check_socket_path(self._runtime_dir / "transfers")
         self._runtime_dir.mkdir(mode=0o700, parents=True)
         self._resources.callback(shutil.rmtree, self._runtime_dir, ignore_errors=True)
-        context = LaunchContext(
-            worker=spec.id,
-            role=spec.role,
-            model=spec.model,
-            model_path=spec.model_path,
-            pool=spec.pool,
-            island=spec.island,
-            host=host,
-            host_facts=host_is,
-            ports=lease.ports,
-            runtime_dir=str(self._runtime_dir),
-            python=spec.pool.interpreter or sys.executable,
-            engine_key=spec.engine_key,
-            node_rank=spec.node_rank,
-            head_host=head_host,
-            peers=spec.peers,
+        context = await launch_context(
+            spec, self._node_ip, self._lease.ports, self._runtime_dir, self._gang
         )
         launch = adapter.launch(context)
+        secret_files.write(self._runtime_dir, launch.secret_files)
         listener = TransferSocket(self._runtime_dir / "transfers", self._ledger)
         listener.open()
         self._resources.callback(listener.close)
@@ -217,12 +212,20 @@ class EngineWorker:
         )
         process = EngineProcess(
             launch.argv,
-            _environment(spec, launch, self._runtime_dir),
+            engine_environment(
+                os.environ,
+                launch,
+                spec.owner,
+                self._runtime_dir / "transfers",
+                self._runtime_dir / "release",
+                link_package(self._runtime_dir),
+            ),
             spec.owner,
             self._log_path,
             self._runtime_dir,
         )
-        client = EngineClient(facts.url(context), spec.engine_key, session)
+        probes = adapter.probes(context)
+        client = EngineClient(facts.url(context), spec.engine_key, session, probes)
         self._running = _Running(adapter, context, launch, process, client)
         self._resources.push_async_callback(process.stop, TERM_GRACE_S)
         await process.start()
@@ -338,6 +341,7 @@ class EngineWorker:
         if self._lifecycle.state is not WorkerState.DRAINING:
             self._last_words = last_words
             self._move(Cause.BROKE, why)
+        self._has_met.set()
         await self._close()
 
     async def _close(self) -> None:
@@ -352,8 +356,12 @@ class EngineWorker:
         if not self._lifecycle.has_ended:
             was_ready = self._lifecycle.state is WorkerState.READY
             self._move(Cause.STOP_ASKED)
-            if was_ready and self._running is not None:
+            if was_ready and self._running is not None and self._spec.node_rank == 0:
                 await self._drain(self._running)
+        self._has_met.set()
+        if self._gang is not None and self._spec.node_rank == 0:
+            # Here and not by whoever asked: who may be gone when the last request ends.
+            self._gang.end_others()
         if self._living is not None:
             self._living.cancel()
             await asyncio.wait({self._living})
@@ -388,14 +396,3 @@ class EngineWorker:
             f"not ready after {limit_s:g} s, still {self._lifecycle.state}{last}; "
             f"raise start_timeout_s of pool {self._spec.pool.name} if the log shows it at work"
         )
-
-
-def _environment(spec: WorkerSpec, launch: Launch, runtime_dir: Path) -> dict[str, str]:
-    return engine_environment(
-        os.environ,
-        launch,
-        spec.owner,
-        runtime_dir / "transfers",
-        runtime_dir / "release",
-        package_root(),
-    )

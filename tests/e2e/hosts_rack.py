@@ -81,8 +81,13 @@ class Hosts:
     def left(self, host: int) -> list[str]:
         """What is on a host that it did not have when it was made: processes, ports that are
         listened on, shared memory."""
-        said = self.run(host, "ps", "-ewwo", "args=").stdout.splitlines()
-        processes = [line.strip()[:160] for line in said if not _NOT_OURS.search(line.strip())]
+        said = self.run(host, "ps", "-ewwo", "stat=,args=").stdout.splitlines()
+        states = [line.split(maxsplit=1) for line in said]
+        processes = [
+            args.strip()[:160]
+            for state, args in states
+            if not state.startswith("Z") and not _NOT_OURS.search(args.strip())
+        ]
         sockets = self.run(host, "ss", "-Hltun").stdout.splitlines()
         ports = [line.split()[4] for line in sockets if not line.split()[4].endswith(":22")]
         memory = self.run(host, "ls", "-A", "/dev/shm").stdout.split()

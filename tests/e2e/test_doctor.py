@@ -4,40 +4,18 @@ on purpose. Real ssh, addresses and /dev/shm of their own; no Ray is started."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from e2e.hosts_rack import HEAD, OPERATOR, Hosts, address, hosts_up
 
-NETNS = Path(__file__).parents[1] / "hosts" / "netns"
-NAME = "pddoct"
-HEAD, SOUND, FAULTY = "10.77.0.11", "10.77.0.12", "10.77.0.13"
+SOUND, FAULTY = 2, 3
 BUSY_PORT = 9120
 MODEL = "/tmp/model"
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(os.geteuid() != 0, reason="namespaces with a network need root"),
-]
-
-
-def netns(*words: object) -> str:
-    done = subprocess.run(
-        [sys.executable, str(NETNS), "--name", NAME, *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def on_host(host: int, script: str) -> str:
-    return netns("exec", host, "--", "bash", "-c", script)
+pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
@@ -50,27 +28,26 @@ def said(shared: Path) -> Iterator[dict[str, Any]]:
     """What the operator's host was told, and how it was with the hosts before and after."""
     rack = shared / "rack.yaml"
     rack.write_text(yaml.safe_dump(topology(), sort_keys=False))
-    netns("up", "--hosts", 4, "--keep", shared)
-    try:
-        on_host(2, f"mkdir {MODEL}; echo '{{}}' >{MODEL}/config.json")
-        on_host(3, "mount -o remount,size=32m /dev/shm")
-        on_host(3, f"ip route add blackhole {SOUND}; echo export PYTHONHASHSEED=7 >>~/.bashrc")
-        on_host(3, f"(setsid python3 -m http.server {BUSY_PORT} >/dev/null 2>&1 &)")
-        before = {host: state_of(host) for host in (1, 2, 3)}
-        told = on_host(0, f"pdcluster doctor {rack} --json; test $? = 1")
-        after = {host: state_of(host) for host in (1, 2, 3)}
+    with hosts_up("pddoct", shared, count=4) as hosts:
+
+        def on(host: int, script: str) -> str:
+            return hosts.run(host, "bash", "-c", script).stdout
+
+        on(SOUND, f"mkdir {MODEL}; echo '{{}}' >{MODEL}/config.json")
+        on(FAULTY, "mount -o remount,size=32m /dev/shm")
+        on(FAULTY, f"ip route add blackhole {address(SOUND)}")
+        on(FAULTY, "echo export PYTHONHASHSEED=7 >>~/.bashrc")
+        on(FAULTY, f"(setsid python3 -m http.server {BUSY_PORT} >/dev/null 2>&1 &)")
+        before = [state_of(hosts, host) for host in (HEAD, SOUND, FAULTY)]
+        told = on(OPERATOR, f"pdcluster doctor {rack} --json; test $? = 1")
+        after = [state_of(hosts, host) for host in (HEAD, SOUND, FAULTY)]
         yield {**json.loads(told), "before": before, "after": after}
-    finally:
-        netns("down")
 
 
-def state_of(host: int) -> dict[str, list[str]]:
-    """What must not change: processes, listeners, files."""
-    return {
-        "processes": on_host(host, "ps -eo args | grep -vE '^(ps|bash|grep) '").splitlines(),
-        "files": on_host(host, "find /tmp /run /dev/shm -xdev | sort").splitlines(),
-        "ports": on_host(host, "cat /proc/net/tcp | grep -c ' 0A ' || true").splitlines(),
-    }
+def state_of(hosts: Hosts, host: int) -> tuple[list[str], list[str]]:
+    """What must not change: processes, listeners, shared memory; files of the host's own."""
+    found = hosts.run(host, "bash", "-c", "find /tmp /run -xdev | sort").stdout
+    return hosts.left(host), found.splitlines()
 
 
 def topology() -> dict[str, Any]:
@@ -89,9 +66,9 @@ def topology() -> dict[str, Any]:
         "auth": {"ssh_user": "root"},
         "head_node_type": "head",
         "available_node_types": {
-            "head": {"node_config": {"hosts": [HEAD]}, "resources": {"CPU": 1}},
+            "head": {"node_config": {"hosts": [address(HEAD)]}, "resources": {"CPU": 1}},
             "engines": {
-                "node_config": {"hosts": [SOUND, FAULTY]},
+                "node_config": {"hosts": [address(SOUND), address(FAULTY)]},
                 "min_workers": 2,
                 "max_workers": 2,
                 "resources": {"CPU": 2},
@@ -110,22 +87,28 @@ def topology() -> dict[str, Any]:
                     {"name": "decode", "role": "decode", **pool},
                 ],
                 "islands": [{"name": "one", "pools": ["prefill", "decode"]}],
-                "gateway": {"host": HEAD, "ingress": "direct"},
-                "control": {"host": HEAD},
+                "gateway": {"host": address(HEAD), "ingress": "direct"},
+                "control": {"host": address(HEAD)},
             }
         },
     }
 
 
-def found(said: dict[str, Any], host: str, check: str) -> dict[str, str]:
-    (finding,) = [f for f in said["findings"] if f["host"] == host and f["check"] == check]
+def found(said: dict[str, Any], host: int, check: str) -> dict[str, str]:
+    (finding,) = [f for f in said["findings"] if f["host"] == address(host) and f["check"] == check]
     return finding
 
 
 def test_every_host_is_looked_at_and_the_sound_ones_have_no_errors_of_their_own(said):
-    assert [row["host"] for row in said["rows"]] == [HEAD, SOUND, FAULTY]
+    assert [row["host"] for row in said["rows"]] == [
+        address(host) for host in (HEAD, SOUND, FAULTY)
+    ]
     assert all(row["seen"] for row in said["rows"])
-    own = {f["check"] for f in said["findings"] if f["severity"] == "error" and f["host"] != FAULTY}
+    own = {
+        f["check"]
+        for f in said["findings"]
+        if f["severity"] == "error" and f["host"] != address(FAULTY)
+    }
     assert own <= {"network"}
     assert said["rows"][0]["errors"] == 0
 
@@ -148,8 +131,8 @@ def test_a_missing_model_folder_is_told(said):
 
 
 def test_hosts_that_do_not_reach_each_other_are_told(said):
-    assert f"from {FAULTY}" in found(said, SOUND, "network")["found"]
-    assert f"from {SOUND}" in found(said, FAULTY, "network")["found"]
+    assert f"from {address(FAULTY)}" in found(said, SOUND, "network")["found"]
+    assert f"from {address(SOUND)}" in found(said, FAULTY, "network")["found"]
 
 
 def test_a_hash_seed_of_its_own_is_told(said):

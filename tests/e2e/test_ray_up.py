@@ -131,23 +131,20 @@ def test_down_ends_every_host_also_when_the_head_is_dead(bare: Rack) -> None:
 
 
 @pytest.fixture(scope="module")
-def up(hosts: Hosts) -> Iterator[Rack]:
-    """The rack, up, and its three engines ready."""
+def up(hosts: Hosts) -> Rack:
+    """The rack, up, and its three engines ready. `hosts` ends it with its hosts."""
     made = Rack(hosts, hosts.shared / "rack.yaml")
     made.write(rack(SERVING, serving=True))
-    try:
-        made.ray_up()
+    made.ray_up()
 
-        def ready() -> bool | None:
-            states = {worker["state"] for worker in made.workers().values()}
-            if states & {"failed"}:
-                pytest.fail(f"a worker failed: {made.status()}")
-            return True if states == {"ready"} and len(made.workers()) == 3 else None
+    def ready() -> bool | None:
+        states = [worker["state"] for worker in made.workers().values()]
+        if "failed" in states:
+            pytest.fail(f"a worker failed: {made.status()}")
+        return True if states == ["ready"] * 3 else None
 
-        wait_for(ready, 240, "three engines ready")
-        yield made
-    finally:
-        made.ray_down(check=False)
+    wait_for(ready, 240, "three engines ready")
+    return made
 
 
 def test_requests_are_answered_across_hosts_with_kv_moving_between_them(up: Rack) -> None:
@@ -156,7 +153,7 @@ def test_requests_are_answered_across_hosts_with_kv_moving_between_them(up: Rack
     assert workers["decode-atlas/0"]["node_ip"] == address(ATLAS)
     assert workers["decode-cpu/0"]["node_ip"] == address(CPU)
     answers = [up.chat("What is the capital of France?")]
-    answers += [up.chat(f"Name {number} rivers, please.") for number in range(2, 6)]
+    answers += [up.chat(f"Name {number} rivers, please.") for number in (2, 3)]
     assert "Paris" in answers[0]["text"]
     assert {answer["route"] for answer in answers} == {"disaggregated"}
     assert {answer["prefill"] for answer in answers} == {"prefill/0"}
@@ -237,8 +234,12 @@ def test_a_host_cut_off_in_mid_traffic_leaves_and_requests_go_to_those_that_rema
     assert later
     assert all(outcome["ok"] for outcome in later)
     assert {outcome["decode"] for outcome in later} == {"decode-atlas/0"}
-    hit = [o for o in outcomes() if not o["ok"]]
-    print(f"gone after {gone_s - cut_s:.1f} s; {len(hit)} requests in hand were lost: {hit}")
+    lost = [outcome for outcome in outcomes() if not outcome["ok"]]
+    longest_s = max(outcome["ended_s"] - outcome["begun_s"] for outcome in outcomes())
+    print(
+        f"gone after {gone_s - cut_s:.1f} s; of {len(outcomes())} requests {len(lost)} lost, "
+        f"the longest took {longest_s:.1f} s"
+    )
 
 
 def test_down_leaves_nothing_on_any_host_also_on_one_that_was_cut_off(up: Rack) -> None:

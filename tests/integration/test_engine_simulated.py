@@ -386,3 +386,50 @@ async def test_terminated_engine_ends_at_once_with_code_0_and_open_streams(tmp_p
             assert await asyncio.to_thread(one.process.wait, 5) == 0
             with pytest.raises(aiohttp.ClientError):
                 await asked
+
+
+async def test_request_that_is_given_back_says_so_streamed_or_not(tmp_path: Path):
+    with engine(tmp_path) as one:
+        async with ready(one) as (caller,):
+            undisturbed = await caller.generate(completion(max_tokens=12))
+            await break_it(caller, recompute_at_token=5)
+            whole = (await caller.generate(completion(prompt="hello ", max_tokens=12)))["choices"]
+            assert (whole[0]["finish_reason"], whole[0]["stop_reason"]) == ("stop", "recomputed")
+            events = await caller.events("/v1/completions", completion(max_tokens=12))
+            said = [event["choices"][0] for event in events]
+            assert [choice["finish_reason"] for choice in said] == [None] * 4 + ["stop"]
+            assert said[-1]["stop_reason"] == "recomputed"
+            assert said[-1]["text"] == ""
+            text = "".join(choice["text"] for choice in said)
+            assert undisturbed["choices"][0]["text"].startswith(text)
+            assert len(text) < len(undisturbed["choices"][0]["text"])
+            chat = {"model": "simulated", "messages": [{"role": "user", "content": "x"}]}
+            told = await caller.events("/v1/chat/completions", {**chat, "max_tokens": 12})
+            assert told[-1]["choices"][0]["stop_reason"] == "recomputed"
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+async def test_engine_that_meets_its_peers_in_rooms_refuses_who_names_none(
+    tmp_path: Path, role: Role
+):
+    with engine(tmp_path, role, "sglang_nixl") as one:
+        async with ready(one) as (caller,):
+            nowhere = completion(max_tokens=1, bootstrap_room=None)
+            status, answer = await caller.post("/v1/completions", nowhere)
+            assert (status, answer["error"]["code"]) == (400, 400)
+            assert "bootstrap room" in answer["error"]["message"]
+
+
+async def test_decode_that_waits_for_a_push_waits_until_it_is_told_not_to(tmp_path: Path):
+    with engine(tmp_path, Role.DECODE, "ascend_layerwise", lease_s=0.2) as one:
+        async with ready(one) as (caller,):
+            await break_it(caller, mute_metaserver=True)
+            wanted = {"do_remote_prefill": True, "metaserver": "http://127.0.0.1:1/x"}
+            body = completion(max_tokens=2, kv_transfer_params=wanted)
+            asked = asyncio.create_task(caller.post("/v1/completions", body))
+            assert await eventually(lambda: _running(one, 1))
+            await asyncio.sleep(0.5)  # longer than any lease
+            assert not asked.done()
+            asked.cancel()
+            assert await eventually(lambda: _running(one, 0))
+            assert (await sample_of(one)).kv_usage == 0

@@ -50,7 +50,7 @@ RACK = (
     """\
 cluster_name: t
 max_workers: 1
-provider: {type: external, module: some.Provider}
+provider: {type: external, module: ray.autoscaler.node_provider.NodeProvider}
 head_node_type: head
 available_node_types:
   head: {resources: {CPU: 4}, node_config: {}}
@@ -150,7 +150,7 @@ BAD_FILES = [
         "max_workers: 0\nprovider: {type: local, head_ip: 127.0.0.1, worker_ips: []}",
         "provider: {type: local, coordinator_address: 'h:1'}",
         "max_workers", "`ray up` reads it", "add `max_workers: N`"),
-    Bad("external without module", RACK, ", module: some.Provider", "",
+    Bad("external without module", RACK, ", module: ray.autoscaler.node_provider.NodeProvider", "",
         "provider.module", "missing", "add `module: PACKAGE.MODULE.CLASS`"),
     Bad("no node types", RACK, RACK[RACK.index("head_node_type"):RACK.index("file_mounts")], "",
         "available_node_types", "no node has any resource", "docs/topologies.md"),

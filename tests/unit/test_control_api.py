@@ -78,8 +78,10 @@ class FakeController:
         self.asked.append(request_id)
         return [RECORD]
 
-    async def read_log(self, worker, offset, limit_bytes):
-        self.asked.append((worker, offset, limit_bytes))
+    async def read_log(self, worker, offset, limit_bytes, rank=0):
+        self.asked.append((worker, offset, limit_bytes, rank))
+        if rank == 7:
+            raise InvalidInput("rank of decode/0: found 7; it has ranks 0 to 1")
         if worker != "decode/0":
             raise PeerGone(worker, "no such worker runs now")
         if offset == 13:
@@ -302,7 +304,15 @@ def test_the_client_gets_what_the_controller_says(served, access):
 
 def test_a_longer_piece_of_a_log_than_there_is_in_one_answer_is_cut(served, access, controller):
     ControlClient(access).read_log(WORKER, 0, 1 << 40)
-    assert controller.asked == [("decode/0", 0, wire.MOST_LOG_BYTES)]
+    assert controller.asked == [("decode/0", 0, wire.MOST_LOG_BYTES, 0)]
+
+
+def test_the_log_of_another_node_of_a_replica_is_asked_for_by_its_rank(served, access, controller):
+    client = ControlClient(access)
+    client.read_log(WORKER, 0, 5, rank=1)
+    assert controller.asked == [("decode/0", 0, 5, 1)]
+    with pytest.raises(ControlError, match="404 rank of decode/0: found 7; it has ranks 0 to 1"):
+        client.read_log(WORKER, 0, 5, rank=7)
 
 
 def test_a_refused_token_is_told_with_what_to_set(served, access):

@@ -84,8 +84,8 @@ class FakeHandle:
             last_words=self.last_words,
         )
 
-    async def read_log(self, offset, limit_bytes):
-        return b"the log of " + str(self.id).encode(), 5
+    async def read_log(self, offset, limit_bytes, rank=0):
+        return b"the log of " + str(self.id).encode() + b":%d" % rank, 5
 
     async def transfers(self, after_seq):
         return list(enumerate(self.records))
@@ -401,7 +401,8 @@ async def test_the_log_is_that_of_the_present_generation(world):
     world.workers["d/0#1"].is_dead = True
     await world.steps(12)
     window = await world.controller.read_log("d/0", -10, 100)
-    assert (window.data, window.generation) == (b"the log of d/0#2", 2)
+    assert (window.data, window.generation) == (b"the log of d/0#2:0", 2)
+    assert (await world.controller.read_log("d/0", -10, 100, 1)).data == b"the log of d/0#2:1"
     with pytest.raises(PeerGone):
         await world.controller.read_log("d/7", 0, 100)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.engines.simulated.config import SimulatedConfig
-from cluster.engines.simulated.engine import Engine
+from cluster.engines.simulated.engine import Engine, RequestFailed
 from cluster.engines.simulated.model import Vocabulary
 from cluster.engines.simulated.pull import Puller
 from cluster.engines.simulated.request import Request
@@ -129,3 +129,82 @@ async def test_spoiled_answer_blocks_spoil_whoever_finds_them(
     wrong = await said(one, found)
     assert found.cached_tokens > 0
     assert wrong != await said(clean, Request("b", second, max_tokens=8))
+
+
+async def steps(one: Engine, asked: Request) -> list[Any]:
+    return [step async for step in one.generate(asked)]
+
+
+async def test_a_request_is_given_back_once_and_what_goes_on_from_it_is_not(
+    vocabulary: Vocabulary,
+):
+    undisturbed = await said(engine(vocabulary), request("a"))
+    one = engine(vocabulary, faults={"recompute_at_token": 4})
+    *before, last = await steps(one, request("a"))
+    assert (last.ids, last.finish, last.stop_reason) == ([], "stop", "recomputed")
+    told = [token for step in before for token in step.ids]
+    assert told == undisturbed[:3]
+    rest = Request("b", [5] * 40 + told, max_tokens=5)
+    assert told + await said(one, rest) == undisturbed
+    assert one.cache.used_blocks == 0
+
+
+async def test_only_decode_gives_requests_back(vocabulary: Vocabulary):
+    kv = {"dialect": "ascend_mooncake", "role": "kv_producer", "port": 0}
+    one = engine(vocabulary, kv=kv, faults={"recompute_at_token": 4})
+    assert len(await said(one, request("a"))) == 8
+
+
+def in_room(room: int, host: str = "127.0.0.1") -> dict[str, Any]:
+    return {"bootstrap_host": host, "bootstrap_port": 1, "bootstrap_room": room}
+
+
+def sglang(vocabulary: Vocabulary, role: str, lease_s: float = 5.0) -> Engine:
+    kv = {"dialect": "sglang_nixl", "role": role, "port": 0, "lease_s": lease_s}
+    return engine(vocabulary, kv=kv)
+
+
+async def test_prefill_in_a_room_makes_one_token_and_waits_for_its_peer(vocabulary: Vocabulary):
+    prefill = sglang(vocabulary, "kv_producer")
+    running = asyncio.create_task(steps(prefill, request("a", kv_params=in_room(7))))
+    grants = prefill.handover.grants
+    grant = await asyncio.wait_for(grants.wait_for("7"), 5)
+    assert grant is not None
+    assert not running.done()
+    grants.take(grant)
+    (only,) = await running
+    assert (len(only.ids), only.finish) == (1, "length")
+    assert prefill.cache.used_blocks == 0
+
+
+async def test_prefill_whose_peer_does_not_come_fails(vocabulary: Vocabulary):
+    prefill = sglang(vocabulary, "kv_producer", lease_s=0.05)
+    with pytest.raises(RequestFailed, match="nobody came to room 7"):
+        await steps(prefill, request("a", kv_params=in_room(7)))
+    assert prefill.cache.used_blocks == 0
+
+
+async def test_prefill_that_is_given_up_in_its_room_frees_its_blocks(vocabulary: Vocabulary):
+    prefill = sglang(vocabulary, "kv_producer")
+    running = asyncio.create_task(steps(prefill, request("a", kv_params=in_room(7))))
+    assert await prefill.handover.grants.wait_for("7") is not None
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert (len(prefill.handover.grants), prefill.cache.used_blocks) == (0, 0)
+    assert prefill.metrics.running == 0
+
+
+@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer"])
+async def test_in_nobodys_room_an_engine_does_all_by_itself(vocabulary: Vocabulary, role: str):
+    alone = request("a", kv_params=in_room(0, host="2.2.2.2"))
+    assert len(await said(sglang(vocabulary, role), alone)) == 8
+
+
+async def test_sglangs_series_are_exported_only_if_asked_for(vocabulary: Vocabulary):
+    assert "sglang:" not in engine(vocabulary).metrics.render()
+    one = engine(vocabulary, sglang_metrics=True)
+    await said(one, request("a"))
+    text = one.metrics.render()
+    assert 'sglang:generation_tokens_total{model_name="m"} 8' in text
+    assert "vllm:generation_tokens_total" in text

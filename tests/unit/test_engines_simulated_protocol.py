@@ -13,6 +13,7 @@ from cluster.engines.simulated.protocol import (
     Ask,
     Refused,
     check_length,
+    params_of_prompt,
     parse_ask,
     parse_body,
 )
@@ -161,3 +162,21 @@ def test_choices_of_several_prompts_are_numbered_through(vocabulary: Vocabulary)
     body = json.loads(asked.whole([Piece("x", [5], "length")] * 4, {}, None))
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     assert [choice["prompt_token_ids"] for choice in body["choices"]] == [[100]] * 2 + [[101]] * 2
+
+
+def test_engines_that_meet_in_rooms_read_sglangs_fields_and_not_vllms(vocabulary: Vocabulary):
+    room = {"bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 7}
+    body = {"prompt": ["h", "i"], **room, "kv_transfer_params": {"do_remote_prefill": True}}
+    asked = parse_ask(body, False, "m", vocabulary, in_rooms=True)
+    assert asked.kv_params == room
+    assert [params_of_prompt(asked.kv_params, at)["bootstrap_room"] for at in (0, 1)] == [7, 8]
+    given = {"prompt_token_ids": [5]}
+    chat = {"messages": [{"role": "user", "content": "hi"}], "kv_transfer_params": given}
+    assert parse_ask(chat, True, "m", vocabulary, in_rooms=True).prompts != ([5],)
+    assert ask(vocabulary, **room).kv_params == {}
+
+
+@pytest.mark.parametrize("field", ["bootstrap_host", "bootstrap_port", "bootstrap_room"])
+def test_a_room_that_is_none_is_refused(vocabulary: Vocabulary, field: str):
+    with pytest.raises(Refused, match=field):
+        parse_ask({"prompt": "hi", field: [1]}, False, "m", vocabulary, in_rooms=True)

@@ -22,7 +22,9 @@ PORTS = {
     "kv_replay": 20003,
     "nixl": 20004,
     "mooncake_bootstrap": 20005,
+    "rendezvous": 20006,
 }
+HEAD_PORTS = {"http": 21001, "rendezvous": 21006}  # another node's
 SMOL = ModelSpec(id="smollm2-135m-instruct", max_model_len_tokens=8192)
 GLM = ModelSpec(
     id="zai-org/GLM-5.2-FP8",
@@ -43,6 +45,7 @@ def launch(
     host: str = "127.0.0.1",
     node_rank: int = 0,
     head_host: str = "",
+    interface: str = "eth0",
     **pool: Any,
 ) -> Launch:
     spec = PoolSpec(name="pool", role=role, **pool)
@@ -64,6 +67,8 @@ def launch(
             engine_key="secret-key",
             node_rank=node_rank,
             head_host=head_host,
+            head_ports=HEAD_PORTS if node_rank else {},
+            interface=interface,
         )
     )
 
@@ -270,7 +275,7 @@ def test_tensor_ranks_over_two_nodes_meet_at_the_head():
         assert flag(one, "nnodes") == "2"
         assert flag(one, "node-rank") == str(rank)
         assert flag(one, "master-addr") == "10.0.0.5"
-    assert flag(head, "master-port") == flag(follower, "master-port")
+    assert (flag(head, "master-port"), flag(follower, "master-port")) == ("20006", "21006")
     assert "--headless" in follower.argv
     assert "--headless" not in head.argv
 
@@ -287,15 +292,42 @@ def test_data_parallel_ranks_over_two_nodes():
         assert flag(one, "data-parallel-size") == "4"
         assert flag(one, "data-parallel-size-local") == "2"
         assert flag(one, "data-parallel-address") == "10.0.0.5"
-    assert flag(head, "data-parallel-rpc-port") == flag(follower, "data-parallel-rpc-port")
+    assert flag(head, "data-parallel-rpc-port") == "20006"
+    assert flag(follower, "data-parallel-rpc-port") == "21006"
     assert flag(follower, "data-parallel-start-rank") == "2"
     assert flag(head, "data-parallel-start-rank") is None
+
+
+@pytest.mark.parametrize("parallel", [ParallelSpec(tensor=2), ParallelSpec(data=2)])
+def test_cpu_ranks_above_0_run_the_headless_program_for_the_cpu_build(parallel: ParallelSpec):
+    shape: dict[str, Any] = {"nodes_per_replica": 2, "parallel": parallel}
+    head = launch(host="10.0.0.5", **shape)
+    follower = launch(host="10.0.0.6", node_rank=1, head_host="10.0.0.5", **shape)
+    assert head.argv[:3] == ("/venv/bin/python", "-m", "vllm.entrypoints.openai.api_server")
+    assert follower.argv[:3] == ("/venv/bin/python", "-m", "cluster.engines.vllm_headless")
+    assert "--headless" in follower.argv
+    assert flag(follower, "distributed-executor-backend") == "mp"
+
+
+def test_collectives_of_a_replica_over_nodes_take_the_interface_that_has_its_address():
+    shape: dict[str, Any] = {"nodes_per_replica": 2, "parallel": ParallelSpec(tensor=2)}
+    on_cpu = launch(**shape).env
+    assert on_cpu["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert "NCCL_SOCKET_IFNAME" not in on_cpu
+    on_cuda = launch(facts=H200, **shape)
+    assert on_cuda.env["NCCL_SOCKET_IFNAME"] == on_cuda.env["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert on_cuda.origins["NCCL_SOCKET_IFNAME"] == "the interface that has the node's address"
+    assert "GLOO_SOCKET_IFNAME" not in launch(interface="", **shape).env
+    assert "GLOO_SOCKET_IFNAME" not in launch().env
 
 
 @pytest.mark.parametrize(
     ("pool", "says"),
     [
-        ({"nodes_per_replica": 2}, "a CPU replica has one node"),
+        (
+            {"nodes_per_replica": 2, "parallel": ParallelSpec(pipeline=2)},
+            "write `tensor` or `data` in its place",
+        ),
         ({"facts": HostFacts("npu")}, "Ascend NPU"),
         (
             {"role": Role.MIXED, "speculative": {"method": "ngram"}},

@@ -244,3 +244,35 @@ class _Holds:
 
     def held_by_all(self, prompt_token_ids):
         return self._held
+
+
+SGLANG = replace(FP, connector="sglang_nixl")
+IN_ROOMS = (Link("p", "d", "sglang_nixl", 30.0, "recompute"),)
+
+
+def in_rooms(*workers: tuple[str, Role]) -> Snapshot:
+    views = (worker(pool, 0, role, fingerprint=SGLANG) for pool, role in workers)
+    return cluster_of(*views, links=IN_ROOMS)
+
+
+@pytest.mark.parametrize(
+    ("facts", "conditions"),
+    [
+        (Facts(prompt_tokens=100), {}),
+        (Facts(alone="multimodal"), {}),
+        (Facts(prompt_tokens=5), {"local_prefill_below_tokens": 50}),
+    ],
+)
+def test_decode_that_cannot_prefill_is_always_fed(facts: Facts, conditions: dict):
+    route = route_in(in_rooms(("p", Role.PREFILL), ("d", Role.DECODE)), facts, **conditions)
+    assert (route.why, route.link) == ("disaggregated", IN_ROOMS[0])
+    assert route.prefill is not None
+
+
+def test_decode_that_cannot_prefill_does_not_recompute_whatever_the_policy():
+    with pytest.raises(NoCapacity, match=r"pool d \(no-prefill\) and its engines cannot prefill"):
+        route_in(in_rooms(("d", Role.DECODE)))
+
+
+def test_mixed_workers_beside_it_serve_alone():
+    assert route_in(in_rooms(("x", Role.MIXED))).why == "mixed"

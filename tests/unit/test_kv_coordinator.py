@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from cluster.errors import EngineFailed, KvMismatch, PeerGone
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.kv.coordinator import Coordinator, Transfer
+from cluster.kv.dialects import Order
 from cluster.kv.lease import ENDED, State
 from cluster.observe.kv_metrics import KvMetrics
 from cluster.snapshot import Fingerprint, Link, Snapshot, WorkerView
@@ -33,6 +34,8 @@ ANSWER = {
 }
 NIXL = Link("prefill", "decode", "nixl", lease_s=30.0, on_prefill_failure="recompute")
 MOONCAKE = Link("prefill", "decode", "mooncake", lease_s=10.0, on_prefill_failure="recompute")
+LAYERWISE = dataclasses.replace(NIXL, connector="ascend_layerwise")
+SGLANG = dataclasses.replace(NIXL, connector="sglang_nixl")
 
 
 class FakeClock:
@@ -109,7 +112,7 @@ def view(pool: str, index: int = 0, generation: int = 1, **changes: Any) -> Work
         PRINT,
         8192,
         1,
-        kv={"bootstrap_addr": "http://127.0.0.1:8998"},
+        kv={"bootstrap_addr": "http://127.0.0.1:8998", "bootstrap_port": 8998},
     )
     return dataclasses.replace(known, **changes)
 
@@ -127,10 +130,10 @@ async def settle() -> None:
 
 async def test_a_pulled_transfer_releases_nothing(rig: Rig) -> None:
     transfer = begin(rig)
-    await transfer.prefill_params()
+    await transfer.prefill_fields()
     transfer.prefilled(ANSWER)
     assert rig.coordinator.open_leases(transfer.prefill.id) == 1
-    assert await transfer.decode_params() == ANSWER["kv_transfer_params"]
+    assert await transfer.decode_fields() == {"kv_transfer_params": ANSWER["kv_transfer_params"]}
     transfer.finish()
     await settle()
     assert transfer.state is State.PULLED
@@ -147,7 +150,7 @@ async def test_an_abandoned_transfer_is_released_at_once_however_far_it_got(
     if far != "offered":
         transfer.prefilled(ANSWER)
     if far == "pulling":
-        await transfer.decode_params()
+        await transfer.decode_fields()
     transfer.abandon("the client left")
     await settle()
     assert rig.releaser.calls == [(WorkerId("prefill", 0, 1), ["r1"])]
@@ -157,7 +160,7 @@ async def test_an_abandoned_transfer_is_released_at_once_however_far_it_got(
 async def test_only_the_first_end_counts(rig: Rig) -> None:
     transfer = begin(rig)
     transfer.prefilled(ANSWER)
-    await transfer.decode_params()
+    await transfer.decode_fields()
     transfer.finish()
     transfer.abandon("late")
     transfer.finish()
@@ -179,7 +182,7 @@ async def test_a_lease_that_ran_out_is_not_offered_to_decode(rig: Rig) -> None:
     transfer.prefilled(ANSWER)
     rig.clock.now_s += 30.0
     with pytest.raises(EngineFailed, match="lease of 30 s ran out before decode was asked"):
-        await transfer.decode_params()
+        await transfer.decode_fields()
     transfer.abandon("ran out")
     await settle()
     assert (rig.count("expired"), rig.coordinator.open_leases(), rig.releaser.calls) == (1, 0, [])
@@ -188,7 +191,7 @@ async def test_a_lease_that_ran_out_is_not_offered_to_decode(rig: Rig) -> None:
 async def test_heartbeats_keep_a_nixl_lease_while_decode_has_the_request(rig: Rig) -> None:
     transfer = begin(rig)
     transfer.prefilled(ANSWER)
-    await transfer.decode_params()
+    await transfer.decode_fields()
     rig.clock.now_s += 3600
     assert rig.coordinator.open_leases() == 1
     transfer.finish()
@@ -198,7 +201,7 @@ async def test_heartbeats_keep_a_nixl_lease_while_decode_has_the_request(rig: Ri
 async def test_a_mooncake_lease_runs_out_also_while_decode_has_the_request(rig: Rig) -> None:
     transfer = begin(rig, link=MOONCAKE)
     transfer.prefilled(ANSWER)
-    await transfer.decode_params()
+    await transfer.decode_fields()
     rig.clock.now_s += 10
     assert rig.coordinator.open_leases() == 0
     assert rig.count("expired", "mooncake") == 1
@@ -210,7 +213,7 @@ async def test_a_replaced_prefill_worker_takes_its_transfers_with_it(rig: Rig) -
     new = begin(rig, "new", generation=2)
     assert old.state is State.LOST
     with pytest.raises(PeerGone, match="prefill/0 is gone: it was replaced"):
-        await old.decode_params()
+        await old.decode_fields()
     old.abandon("lost")
     await settle()
     assert rig.releaser.calls == []
@@ -273,6 +276,48 @@ def test_abandon_without_a_running_loop_does_not_raise() -> None:
     assert rig.count("released") == 1
 
 
+ASKED = {
+    "do_remote_decode": True,
+    "request_id": "cmpl-r1-0",
+    "remote_engine_id": "d",
+    "remote_host": "h",
+    "remote_port": 1,
+}
+
+
+async def test_prefill_that_pushes_has_no_lease_and_nothing_to_release(rig: Rig) -> None:
+    transfer = begin(rig, link=LAYERWISE)
+    params = transfer.waiting_fields("http://h/m")["kv_transfer_params"]
+    assert (params["metaserver"], params["do_remote_prefill"]) == ("http://h/m", True)
+    assert transfer.pushing_fields(ASKED) == {"kv_transfer_params": ASKED}
+    assert (transfer.state, rig.coordinator.open_leases()) == (State.PULLING, 0)
+    rig.clock.now_s += 3600  # and none that could run out
+    assert rig.coordinator.open_transfers == 1
+    transfer.abandon("the client left")
+    await settle()
+    assert (rig.releaser.calls, rig.coordinator.open_transfers) == ([], 0)
+    assert rig.count("released", "ascend_layerwise") == 1
+
+
+async def test_engines_that_meet_in_a_room_end_as_pulled(rig: Rig) -> None:
+    first, second = begin(rig, "r1", SGLANG), begin(rig, "r2", SGLANG)
+    rooms = {one.shared_fields()["bootstrap_room"] for one in (first, second)}
+    assert len(rooms) == 2
+    first.finish()
+    second.abandon("decode failed")
+    await settle()
+    assert (rig.count("pulled", "sglang_nixl"), rig.count("released", "sglang_nixl")) == (1, 1)
+    assert rig.releaser.calls == []
+
+
+async def test_a_replaced_prefill_worker_is_not_asked_to_push(rig: Rig) -> None:
+    transfer = begin(rig, link=LAYERWISE)
+    transfer.waiting_fields("http://h/m")
+    rig.coordinator.observe(Snapshot(1, "c", "m", workers=(view("prefill", generation=2),)))
+    with pytest.raises(PeerGone, match="prefill/0 is gone"):
+        transfer.pushing_fields(ASKED)
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Calls, clocks and generations in any order: every transfer ends once, nothing is kept."""
 
@@ -301,14 +346,16 @@ class AnyOrder(RuleBasedStateMachine):
         ended = sum(
             self.rig.count(state.value, connector)
             for state in ENDED
-            for connector in ("nixl", "mooncake")
+            for connector in ("nixl", "mooncake", "ascend_layerwise", "sglang_nixl")
         )
         assert ended == len(self.begun)
         # Released exactly those that ended released, each at most once.
         assert sorted(self.rig.releaser.released) == sorted(
             transfer.request_id
             for transfer in self.begun
-            if transfer.state is State.RELEASED and transfer.request_id not in self.dropped_releases
+            if transfer.state is State.RELEASED
+            and transfer.dialect.keeps_blocks
+            and transfer.request_id not in self.dropped_releases
         )
         self.loop.close()
 
@@ -326,7 +373,9 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(
         target=transfers,
         index=st.sampled_from([0, 1]),
-        link=st.sampled_from([NIXL, MOONCAKE, dataclasses.replace(MOONCAKE, lease_s=3.0)]),
+        link=st.sampled_from(
+            [NIXL, MOONCAKE, dataclasses.replace(MOONCAKE, lease_s=3.0), LAYERWISE, SGLANG]
+        ),
     )
     def begin(self, index: int, link: Link) -> Transfer:
         prefill = view("prefill", index, self.generation[index])
@@ -338,20 +387,34 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(transfer=transfers)
     def prefill_answers(self, transfer: Transfer) -> None:
+        if transfer.order is not Order.PREFILL_FIRST:
+            return
         if transfer.state is State.OFFERED or transfer.state in ENDED:
             transfer.prefilled(ANSWER)
 
     @rule(transfer=transfers)
     def decode_is_asked(self, transfer: Transfer) -> None:
+        if transfer.order is not Order.PREFILL_FIRST:
+            if transfer.state is State.OFFERED or transfer.state in ENDED:
+                self.both_are_asked(transfer)
+            return
         if transfer.state is State.OFFERED:
             return
         before = transfer.state
         try:
-            self.loop.run_until_complete(transfer.decode_params())
+            self.loop.run_until_complete(transfer.decode_fields())
         except (EngineFailed, PeerGone):
             assert transfer.state in (State.EXPIRED, State.LOST)
         else:
             assert transfer.state is State.PULLING or before in ENDED
+
+    def both_are_asked(self, transfer: Transfer) -> None:
+        before = transfer.state
+        if transfer.order is Order.TOGETHER:
+            transfer.shared_fields()
+        else:
+            transfer.waiting_fields("http://h/m")
+        assert transfer.state is State.PULLING or before in ENDED
 
     @rule(transfer=consumes(transfers))
     def finish(self, transfer: Transfer) -> None:

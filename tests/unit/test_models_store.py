@@ -10,7 +10,7 @@ import jinja2
 import pytest
 from tokenizers import Tokenizer
 
-from cluster.models.store import ModelError, resolve
+from cluster.models.store import ModelError, place_on_node, resolve
 from cluster.topology.schema import ModelSpec
 
 
@@ -117,3 +117,63 @@ def test_model_error_keeps_its_fields_when_pickled():
     error = pickle.loads(pickle.dumps(ModelError("m", "found", "fix")))
     assert (error.model, error.found, error.fix) == ("m", "found", "fix")
     assert str(error) == "model m: found; fix"
+
+
+def test_a_builtin_that_another_node_made_is_made_here_too_and_once(home, monkeypatch):
+    there = resolve(ModelSpec(id="simulated"), quiet)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "here"))
+    said: list[str] = []
+    Path(there.path).rename(home / "not-here")
+
+    def ask() -> str:
+        return place_on_node(
+            ModelSpec(id="simulated"),
+            there.path,
+            there.digest,
+            "10.0.0.6",
+            lambda what, _part: said.append(what),
+        )
+
+    assert Path(ask()).parent == home / "here/pdcluster/models"
+    assert said == ["writing"]
+    assert ask() == str(home / "here/pdcluster/models/simulated-1")
+    assert said == ["writing"]
+
+
+def test_a_builtin_that_is_at_the_same_place_here_is_used_there(simulated):
+    spec = ModelSpec(id="simulated")
+    assert place_on_node(spec, simulated.path, simulated.digest, "here", quiet) == simulated.path
+
+
+@pytest.mark.parametrize("digest", ["0" * 64, "id:/no/such/model@main"])
+def test_a_folder_that_a_node_lacks_is_named_with_the_node_and_the_fix(digest):
+    with pytest.raises(ModelError) as caught:
+        place_on_node(ModelSpec(id="/no/such/model"), "/no/such/model", digest, "10.0.0.6", quiet)
+    assert str(caught.value) == (
+        "model /no/such/model: is missing on node 10.0.0.6; copy the model there: it must be at "
+        "this path on every node that its pools may use; `pdcluster doctor FILE` looks at all of "
+        "them"
+    )
+
+
+def test_a_folder_must_be_the_one_that_up_saw(folder):
+    spec = ModelSpec(id=str(folder))
+    seen = resolve(spec, quiet)
+    assert place_on_node(spec, seen.path, seen.digest, "10.0.0.6", quiet) == str(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"cut")
+    with pytest.raises(
+        ModelError, match=r"another model on node 10\.0\.0\.6 .* header of a weight"
+    ):
+        place_on_node(spec, seen.path, seen.digest, "10.0.0.6", quiet)
+
+
+def test_a_pools_own_folder_that_up_did_not_look_at_is_taken_as_it_is(folder):
+    digest = f"id:{folder}@main"
+    spec = ModelSpec(id=str(folder))
+    assert place_on_node(spec, str(folder), digest, "10.0.0.6", quiet) == str(folder)
+
+
+def test_a_hub_id_goes_through_to_the_engine():
+    spec = ModelSpec(id="zai-org/GLM-5.2-FP8")
+    digest = "hub:zai-org/GLM-5.2-FP8@main"
+    assert place_on_node(spec, spec.id, digest, "10.0.0.6", quiet) == spec.id

@@ -1,9 +1,11 @@
+import subprocess
+import sys
 from pathlib import Path
 
 from cluster.engines.base import Launch
 from cluster.settings import OWNER_ENV
 from cluster.workers import tree
-from cluster.workers.environment import engine_environment
+from cluster.workers.environment import engine_environment, link_package
 
 INHERITED = {
     "PATH": "/usr/bin",
@@ -17,9 +19,10 @@ INHERITED = {
 }
 
 
-def environment(launch, inherited=INHERITED, root=None):
+def environment(launch, inherited=INHERITED):
+    r = Path("/r")
     return engine_environment(
-        inherited, launch, "c/decode/0#1:0", Path("/r/transfers"), Path("/r/release"), root
+        inherited, launch, "c/decode/0#1:0", r / "transfers", r / "release", r / "python"
     )
 
 
@@ -52,8 +55,38 @@ def test_sockets_and_secrets_reach_the_engine_by_environment():
     assert env["PDCLUSTER_RELEASE_SOCKET"] == "/r/release"
 
 
-def test_a_source_checkout_comes_first_on_the_path_and_keeps_what_was_there():
+def test_our_package_comes_first_on_the_path_and_keeps_what_was_there():
     launch = Launch(argv=("engine",), env={"PYTHONPATH": "/mine"})
-    assert environment(launch, root="/src")["PYTHONPATH"] == "/src:/mine"
-    assert environment(Launch(argv=("e",)), root="/src")["PYTHONPATH"] == "/src"
-    assert "PYTHONPATH" not in environment(Launch(argv=("e",)))
+    assert environment(launch)["PYTHONPATH"] == "/r/python:/mine"
+    assert environment(Launch(argv=("e",)))["PYTHONPATH"] == "/r/python"
+
+
+# What an engine loads of ours before it is asked for anything of vLLM's.
+LOADED_BY_ENGINES = """
+import importlib.util, sys
+for name in ("transfers", "kv.connectors.recording", "engines.vllm_headless", "workers.supervisor"):
+    importlib.import_module(f"cluster.{name}")
+print(sys.modules["cluster.transfers"].__file__)
+for name in ("nixl", "mooncake"):
+    assert importlib.util.find_spec(f"cluster.kv.connectors.{name}") is not None
+print([name for name in FOREIGN if importlib.util.find_spec(name) is not None])
+"""
+
+
+def test_an_interpreter_without_our_packages_finds_the_connectors_and_nothing_else(tmp_path):
+    folder = link_package(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["cluster"]
+    foreign = ("ray", "vllm", "pydantic", "aiohttp", "tests", "pytest")
+    # Without `site` an interpreter has the standard library and PYTHONPATH only, as a bare venv.
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"FOREIGN = {foreign!r}{LOADED_BY_ENGINES}"],
+        env={"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    where, found = done.stdout.splitlines()
+    assert where == str(folder / "cluster/transfers.py")
+    assert found == "[]"

@@ -1,3 +1,5 @@
+import pytest
+
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.workers.gang import merge
 from cluster.workers.report import WorkerReport
@@ -17,7 +19,8 @@ def report(state, ip="10.0.0.1", message="", rss=10, last_words=()):
     )
 
 
-READY, FAILED = WorkerState.READY, WorkerState.FAILED
+READY, FAILED, STOPPED = WorkerState.READY, WorkerState.FAILED, WorkerState.STOPPED
+DRAINING = WorkerState.DRAINING
 
 
 def test_a_replica_on_one_node_reports_as_it_is():
@@ -41,3 +44,21 @@ def test_one_failed_rank_fails_the_gang_and_says_which():
     assert merged.state is FAILED
     assert merged.message == "rank 2 on 10.0.0.3: exit code 1"
     assert merged.last_words == ("boom",)
+
+
+def test_a_rank_that_stopped_while_the_head_serves_has_left_its_gang():
+    merged = merge([report(READY), report(STOPPED, "10.0.0.2")])
+    assert (merged.state, merged.message) == (FAILED, "rank 1 on 10.0.0.2: it has stopped")
+
+
+@pytest.mark.parametrize("other", [STOPPED, DRAINING, READY])
+def test_a_gang_that_drains_is_as_its_head_is_whatever_the_others_have_done_by_then(other):
+    assert merge([report(DRAINING), report(other, "10.0.0.2")]).state is DRAINING
+
+
+def test_a_rank_that_fails_takes_the_requests_along_that_a_draining_head_waits_for():
+    assert merge([report(DRAINING), report(FAILED, "10.0.0.2", "exit code 1")]).state is FAILED
+
+
+def test_a_gang_whose_head_has_ended_is_what_the_head_is():
+    assert merge([report(STOPPED), report(FAILED, "10.0.0.2")]).state is STOPPED

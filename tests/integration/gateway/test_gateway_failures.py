@@ -295,3 +295,18 @@ async def test_engine_that_is_replaced_breaks_its_streams_at_once(
         status, headers, _ = await asyncio.wait_for(waiting, 10)
         assert status == 200
         assert headers["x-pdcluster-decode"] == "decode/0"
+
+
+async def test_rendering_goes_to_another_engine_when_one_is_dead(
+    start_engine, start_gateway, tools
+):
+    """Without the model's files here, each prompt is rendered by an engine."""
+    prefill = start_engine(Role.PREFILL)
+    dead, alive = start_engine(Role.DECODE), start_engine(Role.DECODE)
+    views = (tools.view(prefill), tools.view(dead, 0), tools.view(alive, 1))
+    async with start_gateway(*views, model_path="/nowhere") as gateway:
+        dead.kill()
+        for number in range(4):
+            status, headers, answer = await gateway.post(CHAT, body(f"Hello {number} " * 20))
+            assert status == 200, answer
+            assert headers["x-pdcluster-route"] == "disaggregated"

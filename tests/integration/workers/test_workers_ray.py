@@ -21,6 +21,7 @@ from cluster.identity import WorkerState
 from cluster.settings import ray_namespace
 from cluster.topology.schema import PlacementSpec
 from cluster.workers import handle, tree
+from cluster.workers.gang import MeetingPlace
 from cluster.workers.worker import EngineWorker
 
 pytestmark = pytest.mark.integration
@@ -186,15 +187,18 @@ def is_gone(pid):
 async def test_a_headless_rank_is_ready_when_its_process_runs_and_asks_for_its_head(
     make_spec, remains, monkeypatch
 ):
-    # The simulated engine has one node per replica; its command stands for any headless rank.
-    spec = make_spec()
     asked = []
 
-    async def head():
-        asked.append("head")
-        return "10.0.0.1"
+    class Gang:
+        async def meeting_place(self):
+            asked.append("head")
+            return MeetingPlace("127.0.0.1", {"rendezvous": 9})  # nobody listens there
 
-    worker = EngineWorker(replace(spec, node_rank=1), "127.0.0.1", find_head=head)
+        def end_others(self):
+            raise AssertionError("only rank 0 says this")
+
+    spec = make_spec(nodes_per_replica=2)
+    worker = EngineWorker(replace(spec, node_rank=1), "127.0.0.1", gang=Gang())
     await worker.start()
     report = await reaches(worker, WorkerState.READY)
     assert report.url == ""
