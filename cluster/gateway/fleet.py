@@ -40,6 +40,8 @@ class Fleet:
         self._local_prefill_below_tokens = local_prefill_below_tokens
         self._now_s = now_s
         self._turn = first_turn
+        # Its own: a request that an engine renders first would else skip every other worker.
+        self._side_turn = first_turn
         self._table = Table(Snapshot(version=0, cluster="", model=""))
         self._changed = asyncio.Event()
         self._in_flight: Counter[WorkerId] = Counter()
@@ -107,25 +109,37 @@ class Fleet:
         """
         held = self._held.held_by_all(prompt_ids) if prompt_ids else {}
         self._turn += 1
-        route = choose(
+        route = self._choose(self._turn, facts, held, excluded, failure, may_prefill_elsewhere)
+        return route, held.get(route.decode.id, 0)
+
+    def any_decoder(self) -> WorkerView:
+        """A worker for side work (rendering, tokenising). Raises: NoCapacity."""
+        self._side_turn += 1
+        return self._choose(self._side_turn, Facts(alone="side-work")).decode
+
+    def _choose(
+        self,
+        turn: int,
+        facts: Facts,
+        held: Mapping[WorkerId, int] | None = None,
+        excluded: frozenset[WorkerId] = frozenset(),
+        failure: str = "",
+        may_prefill_elsewhere: bool = True,
+    ) -> Route:
+        return choose(
             self._table,
             facts,
             Conditions(
                 sent=self._sent(),
-                held_tokens=held,
+                held_tokens=held or {},
                 excluded=excluded,
                 suspects=self._suspects(),
-                turn=self._turn,
+                turn=turn,
                 local_prefill_below_tokens=self._local_prefill_below_tokens,
                 failure=failure,
                 may_prefill_elsewhere=may_prefill_elsewhere,
             ),
         )
-        return route, held.get(route.decode.id, 0)
-
-    def any_decoder(self) -> WorkerView:
-        """A worker for side work (rendering, tokenising). Raises: NoCapacity."""
-        return self.choose(Facts(alone="side-work"))[0].decode
 
     def _sent(self) -> dict[WorkerId, int]:
         then = self._in_flight_then

@@ -182,7 +182,8 @@ def _address(url: str) -> str:
 
 async def _ended(task: asyncio.Task[Any]) -> None:
     """Cancel `task` if it runs, and wait until it is over. What came of it is dropped."""
-    task.cancel()
-    await asyncio.wait((task,))
+    if not task.done():
+        task.cancel()
+        await asyncio.wait((task,))
     if not task.cancelled():
         task.exception()

@@ -4,6 +4,10 @@ The whole table of special cases is here. DISAGGREGATE hands the request's own p
 token ids. STAGE is for answers that share one prompt, or prompts that share one request: each
 prompt is prefilled and pulled into the decode worker's prefix cache first, then the untouched
 request runs there. ALONE is for requests whose prompt the decode worker must compute itself.
+
+STAGE works wherever prefill or decode goes first. A pair whose engines are called together
+(`kv.dialects`, SGLang's) needs no plan: both get the untouched request whatever it asks for, and
+carry as many prompts and answers as it has.
 """
 
 from __future__ import annotations

@@ -25,7 +25,12 @@ def desired_state(
 ) -> DesiredState:
     """`host`: the address engines bind; "": each node's own.
 
-    Raises: InvalidInput: a pool is to take longer requests than the model."""
+    Raises: InvalidInput: a pool is to take longer requests than the model; or the file asks for
+    automatic scaling, whose policy the controller does not follow yet (docs/autoscaling.md)."""
+    if topology.serving.scaling.mode == "slo":
+        raise InvalidInput(
+            "scaling.mode: found slo, which the controller does not follow yet; write `manual`"
+        )
     for pool in topology.serving.pools:
         if (pool.max_model_len_tokens or 0) > model.max_model_len_tokens:
             raise InvalidInput(

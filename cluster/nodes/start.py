@@ -65,8 +65,12 @@ class Request:
         return address_of(self.node_id)
 
 
-def read_request(argv: Sequence[str], environ: Mapping[str, str]) -> Request:
-    """Raises: InvalidInput: this is no such command, or `ray up` did not run it."""
+def read_request(
+    argv: Sequence[str], environ: Mapping[str, str], stated: Sequence[str] = ()
+) -> Request:
+    """`stated`: how the file itself words the head's start, with what stands before `ray start`.
+
+    Raises: InvalidInput: this is no such command, or `ray up` did not run it."""
     owner, node_id = environ.get(OWNER_ENV, ""), environ.get(_NODE_ENV, "")
     cluster = owner.partition("@")[0]
     if owner != marks.ray_owner(cluster) or not node_id:
@@ -86,9 +90,9 @@ def read_request(argv: Sequence[str], environ: Mapping[str, str]) -> Request:
         head_address = f"{address_of(node_id)}:{_value(argv, '--port') or _DEFAULT_PORT}"
     if ":" not in head_address:
         raise InvalidInput("`ray start`: add --address=$RAY_HEAD_IP:6379, the head's")
-    stated = [environ.get(name, "") for name in _STATED_ENV]
+    given = [environ.get(name, "") for name in _STATED_ENV]
     # A worker that is started under a new id belongs to a head that does not know the former one.
-    said = json.dumps([list(argv), stated, "" if is_head else node_id])
+    said = json.dumps([list(argv), list(stated), given, "" if is_head else node_id])
     return Request(
         cluster=cluster,
         node_id=node_id,
@@ -116,7 +120,8 @@ def other_head(request: Request, found: Sequence[RayProcess]) -> str | None:
     """The address of another head that this host's node of the same cluster belongs to."""
     for raylet in named(list(found), "raylet"):
         address = raylet.flag("gcs-address")
-        if address and address != request.head_address:
+        # On another port of the same host it is this head's former self, which gives way.
+        if address and _host(address) != _host(request.head_address):
             return address
     return None
 
@@ -165,6 +170,10 @@ def _begin(request: Request, why: str) -> None:
         argv = _without(argv, _CONFIG_FLAG)
         argv.append(f"{_CONFIG_FLAG}={head.installed_config(request.cluster)}")
     _raise_open_files()
+    from cluster.gateway.hosting import SERVE_ENV  # imports more than all the rest
+
+    # Serve reads them wherever it starts a process, which may be on any host.
+    os.environ.update({**SERVE_ENV, **os.environ})
     program = Path(sys.executable).with_name("ray")
     argv[0] = str(program) if program.exists() else argv[0]
     done = subprocess.run(argv)
@@ -201,10 +210,14 @@ def _without(argv: Sequence[str], flag: str) -> list[str]:
     return kept
 
 
+def _host(address: str) -> str:
+    return address.rpartition(":")[0]
+
+
 def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
+    port = address.rpartition(":")[2]
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_BOUND_S).close()
+        socket.create_connection((_host(address), int(port)), timeout=_CONNECT_BOUND_S).close()
     except (OSError, ValueError):
         return False
     return True
@@ -218,9 +231,23 @@ def _raise_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def main() -> None:
+def _stated_start(argv: Sequence[str]) -> list[str]:
+    """The head's own start commands in the file that `ray up` has put here."""
+    config = _value(argv, _CONFIG_FLAG)
+    if config is None:
+        return []
     try:
-        start(read_request(sys.argv[1:], os.environ))
+        read = json.loads(Path(config).expanduser().read_text(encoding="utf-8"))
+        commands = read["head_start_ray_commands"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # nodes.head says what is wrong with it
+    return [command for command in commands if "cluster.nodes.start" in command]
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    try:
+        start(read_request(argv, os.environ, _stated_start(argv)))
     except ClusterError as error:
         sys.exit(f"cluster.nodes.start: {error}")
 

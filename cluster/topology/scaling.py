@@ -40,7 +40,8 @@ class ScalingSpec(Spec):
 
     mode: Literal["manual", "slo"] = Field(
         default="manual",
-        description="manual: the operator. slo: pools named in `targets` follow their load.",
+        description="manual: the operator. slo: pools named in `targets` follow their load; `up` "
+        "refuses it as yet.",
     )
     dry_run: bool = Field(
         default=False, description="Say what would be done, and why, but do nothing."
@@ -53,7 +54,7 @@ class ScalingSpec(Spec):
         default=30.0, description="Load and latency are measured over this long."
     )
     up_window_s: NonNegativeFloat = Field(
-        default=15.0, description="A shortage counts once it has lasted this long."
+        default=10.0, description="A shortage counts once it has lasted this long."
     )
     role_window_s: NonNegativeFloat = Field(
         default=30.0,
@@ -64,10 +65,12 @@ class ScalingSpec(Spec):
         default=300.0, description="Replicas end if none was needed during this long."
     )
     up_cooldown_s: NonNegativeFloat = Field(
-        default=30.0, description="Pause of a pool between two gains."
+        default=10.0, description="Pause of a pool between two gains."
     )
     down_cooldown_s: NonNegativeFloat = Field(
-        default=120.0, description="Pause of a pool between any change and a loss."
+        default=120.0,
+        description="Pause of a pool between a change and stopping a replica, and between a gain "
+        "and lending one.",
     )
     headroom: float = Field(
         default=0.15,

@@ -152,7 +152,7 @@ class Segments:
         if not born:
             return
         used = tree.segments_used_by(process.pid for process in tree.descendants(os.getpid()))
-        found = {name: inode for name, inode in born.items() if name in used}
+        found = {name: inode for name, inode in born.items() if inode in used}
         if found:
             self.attributed.update(found)
             self._write_record()

@@ -132,24 +132,32 @@ def segments() -> dict[str, int]:
     return found
 
 
-def segments_used_by(pids: Iterable[int]) -> set[str]:
-    """Names in /dev/shm which these processes map or hold open."""
-    names: set[str] = set()
+def segments_used_by(pids: Iterable[int]) -> set[int]:
+    """Inodes of the segments in /dev/shm that these processes map or hold open.
+
+    Not their names: glibc makes a semaphore under a passing name, and by that one it stays known
+    to the process that made it."""
+    try:
+        device = os.stat(SHM_DIR).st_dev
+    except OSError:
+        return set()
+    inodes: set[int] = set()
     for pid in pids:
-        names |= _mapped(pid)
-        names |= _opened(pid)
-    return names
+        inodes |= _mapped(pid, device)
+        inodes |= _opened(pid, device)
+    return inodes
 
 
 def remove_segments(wanted: Mapping[str, int]) -> list[str]:
     """Unlink those of `wanted` (name → inode) that are still the same file and that no process
     uses any more. Returns the names removed."""
     present = segments()
-    candidates = {name for name, inode in wanted.items() if present.get(name) == inode}
+    candidates = {name: inode for name, inode in wanted.items() if present.get(name) == inode}
     if not candidates:
         return []
+    used = segments_used_by(_pids())
     removed: list[str] = []
-    for name in sorted(candidates - segments_used_by(_pids())):
+    for name in sorted(name for name, inode in candidates.items() if inode not in used):
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(SHM_DIR, name))
             removed.append(name)
@@ -160,28 +168,25 @@ def _pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def _mapped(pid: int) -> set[str]:
-    names: set[str] = set()
+def _mapped(pid: int, device: int) -> set[int]:
+    # A line is: address perms offset dev inode path; another mount has another dev.
+    dev = f" {os.major(device):02x}:{os.minor(device):02x} ".encode()
+    inodes: set[int] = set()
     with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:
         for line in maps:
-            at = line.find(b" /dev/shm/")
-            if at >= 0:
-                names.add(_name(line[at + 1 :].rstrip(b"\n")))
-    return names
+            if b" /dev/shm/" in line and dev in line:
+                inodes.add(int(line.split(maxsplit=5)[4]))
+    return inodes
 
 
-def _opened(pid: int) -> set[str]:
-    names: set[str] = set()
+def _opened(pid: int, device: int) -> set[int]:
+    inodes: set[int] = set()
     folder = f"/proc/{pid}/fd"
     with contextlib.suppress(OSError):
         for number in os.listdir(folder):
             with contextlib.suppress(OSError):
-                target = os.readlink(f"{folder}/{number}")
-                if target.startswith("/dev/shm/"):
-                    names.add(_name(target.encode()))
-    return names
-
-
-def _name(path: bytes) -> str:
-    # An unlinked file shows as "NAME (deleted)": that name matches no present segment.
-    return os.fsdecode(path[len(b"/dev/shm/") :])
+                if os.readlink(f"{folder}/{number}").startswith("/dev/shm/"):
+                    status = os.stat(f"{folder}/{number}")
+                    if status.st_dev == device:
+                        inodes.add(status.st_ino)
+    return inodes

@@ -16,7 +16,6 @@ from random import Random
 from typing import Any
 
 from autoscaling_replay.trace import Arrival
-
 from cluster.engines.simulated.config import SimulatedConfig
 from cluster.engines.simulated.engine import Engine
 from cluster.engines.simulated.model import Vocabulary
@@ -25,8 +24,8 @@ from cluster.identity import Role, WorkerId
 
 PREFILL_TOKENS_PER_S = 6000.0
 TRANSFER_TOKENS_PER_S = 400_000.0
-STEP_S, STEP_PER_SEQUENCE_S = 0.045, 0.0015
-DRAFTS, ACCEPTED_PER_DRAFT = 3, 0.6
+STEP_S, STEP_PER_SEQUENCE_S = 0.09, 0.003
+DRAFTS, ACCEPTED_PER_DRAFT = 5, 2.2
 MAX_BATCH = 64
 KV_TOKENS = 160_000
 START_S = 60.0
@@ -148,9 +147,7 @@ class Fleet:
         for _ in range(count):
             index = self._numbers[role]
             self._numbers[role] += 1
-            engines = {
-                r: _engine(r, self._vocabulary) for r in (Role.PREFILL, Role.DECODE)
-            }
+            engines = {r: _engine(r, self._vocabulary) for r in (Role.PREFILL, Role.DECODE)}
             replica = Replica(WorkerId(role.value, index, 1), role, engines, self._loop.time())
             self.replicas.append(replica)
             self._change(self._load(replica, load_s))

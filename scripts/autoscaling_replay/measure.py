@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from autoscaling_replay.fleet import MAX_BATCH, Fleet, Replica, Served
 from autoscaling_replay.trace import Arrival
-
 from cluster.control.autoscale.signals import (
     DecodeLoad,
     PairSignals,
@@ -49,7 +48,7 @@ class Meter:
         self._finished: deque[Served] = deque()
         self._totals: deque[_Totals] = deque()
         self._seen: dict[Replica, tuple[int, float, float]] = {}
-        self._known: set[Replica] = set()
+        self._known: dict[Replica, None] = {}  # in the order of starts: sums must come out alike
         self._handover_s = 0.0
 
     def arrived(self, arrival: Arrival) -> None:
@@ -59,7 +58,7 @@ class Meter:
         self._finished.append(served)
 
     def look(self, now_s: float, is_exchangeable: bool) -> Signals:
-        self._known |= set(self._fleet.replicas)
+        self._known |= dict.fromkeys(self._fleet.replicas)
         self._totals.append(self._total(now_s))
         long_s = _LONG_WINDOWS * self._window_s
         while self._arrived and self._arrived[0].at_s < now_s - long_s:
@@ -129,17 +128,18 @@ class Meter:
             prompt_tokens_squared_cv=squared_cv,
             tokens_per_s_per_replica=tokens / busy_s if busy_s > 0 and tokens > 0 else None,
             # A replica reads one prompt; the others in its hand wait.
-            waiting=self._fleet.waiting[Role.PREFILL]
-            + sum(max(0, r.in_hand - 1) for r in serving),
+            waiting=self._fleet.waiting[Role.PREFILL] + sum(max(0, r.in_hand - 1) for r in serving),
         )
 
     def _decode(self, now_s: float) -> DecodeLoad:
         serving = [r for r in self._fleet.of(Role.DECODE) if r.is_ready]
         first, last = self._totals[0], self._totals[-1]
         drafts = last.drafts - first.drafts
+        since_s = now_s - self._window_s
+        answers = [s.arrival.answer_tokens for s in self._finished if s.last_s > since_s]
         return DecodeLoad(
             requests_per_s=self._per_s(now_s),
-            answer_tokens=_mean([s.arrival.answer_tokens for s in self._finished]),
+            answer_tokens=_mean(answers or [s.arrival.answer_tokens for s in self._finished]),
             acceptance_length=1 + (last.accepted - first.accepted) / drafts if drafts else None,
             steps=tuple(self._steps(serving)),
             batch=_mean([r.engine.metrics.running for r in serving]),

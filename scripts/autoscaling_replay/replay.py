@@ -10,7 +10,6 @@ from autoscaling_replay.fleet import Fleet, Served
 from autoscaling_replay.measure import Meter
 from autoscaling_replay.scalers import Scaler
 from autoscaling_replay.trace import Arrival, Day
-
 from cluster.control.autoscale.decision import Action, ScaleDown, ScaleUp
 from cluster.engines.simulated.model import Vocabulary
 from cluster.identity import Role

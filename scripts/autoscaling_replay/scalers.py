@@ -9,7 +9,6 @@ from typing import Protocol
 
 from autoscaling_replay.fleet import Fleet
 from autoscaling_replay.measure import Meter
-
 from cluster.control.autoscale.decision import Action, PolicyState, ScaleDown, ScaleUp
 from cluster.control.autoscale.policy import decide
 from cluster.identity import Role

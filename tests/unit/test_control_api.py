@@ -22,7 +22,7 @@ from cluster.control.client import Access, ControlClient, ControlError
 from cluster.control.events import Recorded, WorkerMoved, WorkerNotStarted, WorkerRemoved
 from cluster.control.state import ClusterStatus, FailedSlot, LinkStatus, LogWindow, PoolStatus
 from cluster.control.store import ApiAccess
-from cluster.errors import ClusterError, PeerGone
+from cluster.errors import ClusterError, InvalidInput, PeerGone
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.snapshot import Fingerprint, Link, Load
 from cluster.transfers import TransferRecord
@@ -182,7 +182,7 @@ def test_a_log_is_bytes_with_the_place_to_go_on_and_whose_it_is(http, controller
     assert answer.headers["content-type"] == "application/octet-stream"
     assert answer.headers["x-next-offset"] == "99"
     assert answer.headers["x-worker-generation"] == "2"
-    assert controller.asked == [("decode/0", -40, 40)]
+    assert controller.asked == [("decode/0", -40, 40, 0)]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from autoscale_world import DECODE, POLICY, PREFILL, World, settle, signals, workers
@@ -31,7 +32,7 @@ def test_manual_mode_leaves_everything_alone():
 
 
 def test_a_pool_of_the_right_size_is_left_alone():
-    decision = settle(signals(have=(4, 3)))
+    decision = settle(signals(have=(3, 3)))
     assert decision.actions == ()
     assert [verdict.held for verdict in decision.verdicts] == ["", ""]
 
@@ -40,8 +41,13 @@ def test_a_shortage_is_answered_with_all_that_is_missing_and_says_why_in_numbers
     (up,) = settle(signals(BUSY, have=(3, 3))).actions
     assert isinstance(up, ScaleUp)
     assert up.pool == "prefill"
-    assert 3 + up.by >= 30 * 0.2 / 0.85
-    for figure in ("has 3", "30 prompts/s of 2,000 tokens", "10,000 tokens/s", "TTFT p95 2 s"):
+    assert up.by == 6
+    for figure in (
+        "has 3, should have 9",
+        "30 prompts/s of 2,000 tokens",
+        "10,000 tokens/s",
+        "TTFT p95 2 s",
+    ):
         assert figure in up.why
 
 
@@ -49,7 +55,7 @@ def test_a_blip_shorter_than_the_window_changes_nothing():
     state = PolicyState()
     for now_s in range(0, 60, 5):
         load = BUSY if now_s in (30, 35) else PREFILL
-        decision, state = decide(POLICY, signals(load, have=(4, 3)), state, float(now_s))
+        decision, state = decide(POLICY, signals(load, have=(3, 3)), state, float(now_s))
         assert decision.actions == ()
     assert decision.verdicts[0].held == ""
 
@@ -60,7 +66,7 @@ def test_a_shortage_that_has_not_lasted_says_so():
 
 
 def test_replicas_that_are_starting_count_as_coming():
-    assert settle(signals(BUSY, have=(9, 3), ready=(3, None))).actions == ()
+    assert settle(signals(BUSY, have=(10, 3), ready=(3, None))).actions == ()
 
 
 def test_what_was_spare_for_the_whole_window_stops_a_part_at_a_time():
@@ -75,14 +81,14 @@ def test_a_moment_of_need_begins_the_window_anew():
     state = PolicyState()
     for now_s in range(0, 600, 5):
         load = PREFILL if now_s == 200 else IDLE
-        decision, state = decide(POLICY, signals(load, have=(4, 3)), state, float(now_s))
+        decision, state = decide(POLICY, signals(load, have=(3, 3)), state, float(now_s))
         assert (decision.actions != ()) == (now_s >= 505)
         if decision.actions:
             break
 
 
 def test_a_side_that_is_short_takes_from_the_other_before_it_grows():
-    given = signals(IDLE, replace(DECODE, requests_per_s=30.0), have=(6, 3), exchangeable=True)
+    given = signals(IDLE, replace(DECODE, requests_per_s=30.0), have=(4, 3), exchangeable=True)
     first, *more = settle(given, for_s=60.0).actions
     assert isinstance(first, ChangeRole)
     assert (first.source, first.target, first.role) == ("prefill", "decode", Role.DECODE)
@@ -120,7 +126,8 @@ def test_a_worker_that_is_lent_goes_home_when_it_is_no_longer_needed():
 
 def test_a_lent_worker_counts_against_the_maximum_of_its_pool():
     lent = WorkerSignals(WorkerId("prefill", 9, 1), "decode")
-    given = signals(BUSY, have=(3, 3), bounds=((1, 4), (1, 16)))
+    short = replace(DECODE, answer_tokens=160.0)
+    given = signals(BUSY, short, have=(3, 3), bounds=((1, 4), (1, 16)), exchangeable=True)
     decision = settle(replace(given, workers=(*given.workers, lent)))
     assert decision.actions == ()
     assert decision.verdicts[0].held == "it is at its maximum of 4, 1 of them lent"
@@ -165,7 +172,7 @@ def test_what_is_not_known_leads_to_no_action_and_is_said(load, why):
     ],
 )
 def test_unknown_decode_signals_lead_to_no_action(load, why):
-    decision = settle(signals(decode=load, have=(4, 9)))
+    decision = settle(signals(decode=load, have=(3, 3)))
     assert decision.actions == ()
     assert decision.verdicts[1].why == why
 
@@ -173,7 +180,7 @@ def test_unknown_decode_signals_lead_to_no_action(load, why):
 def test_without_traffic_any_more_a_pool_falls_to_one_or_its_minimum():
     _, state = decide(POLICY, signals(have=(4, 4)), PolicyState(), 0.0)
     silent = (replace(PREFILL, requests_per_s=0.0, prompt_tokens=None), NO_DECODE)
-    given = signals(*silent, have=(4, 3), bounds=((2, 9), (1, 9)))
+    given = signals(*silent, have=(3, 3), bounds=((2, 9), (1, 9)))
     decision = settle(given, state=state)
     assert decision.verdicts[0].need == 2
     assert {(a.pool, a.by) for a in decision.actions} == {("prefill", 1), ("decode", 1)}
@@ -218,13 +225,13 @@ def test_without_a_latency_target_utilisation_is_bounded():
     only_tpot = settle(signals(have=(3, 3)), policy(tpot_s=0.05)).verdicts[0]
     assert only_tpot.need == math.ceil(2.0 / 0.85)
     assert "no TTFT target" in only_tpot.why
-    only_ttft = settle(signals(have=(4, 3)), policy(ttft_s=2.0)).verdicts[1]
+    only_ttft = settle(signals(have=(3, 3)), policy(ttft_s=2.0)).verdicts[1]
     assert "no TPOT target" in only_ttft.why
     assert only_ttft.need >= 1
 
 
 def test_the_strictest_target_of_a_pool_counts():
-    lax, strict = policy(ttft_s=60.0, tpot_s=0.2), policy(ttft_s=1.0, tpot_s=0.03)
+    lax, strict = policy(ttft_s=60.0, tpot_s=0.2), policy(ttft_s=0.6, tpot_s=0.03)
     both = POLICY.model_copy(update={"targets": [*lax.targets, *strict.targets]})
     of = {
         name: settle(signals(), p).verdicts
@@ -263,7 +270,7 @@ def test_prefix_hits_are_no_load():
 
 def test_a_queue_left_over_from_a_shortage_is_worked_off_by_more_replicas():
     queue = replace(PREFILL, waiting=400.0)
-    (up,) = settle(signals(queue, have=(4, 3)), for_s=20.0).actions
+    (up,) = settle(signals(queue, have=(3, 3)), for_s=20.0).actions
     assert up.pool == "prefill"
 
 
@@ -277,9 +284,9 @@ def test_a_miss_that_the_load_does_not_explain_adds_within_a_bound():
 
 
 def test_a_late_first_token_is_decodes_if_requests_wait_before_full_batches():
-    waiting = replace(DECODE, waiting=5.0)
-    given = signals(decode=waiting, have=(4, 3), ttft_s=9.0, requests=200)
-    at_ease = settle(signals(have=(4, 3))).verdicts
+    waiting = replace(DECODE, waiting=1.0)
+    given = signals(decode=waiting, have=(3, 3), ttft_s=9.0, requests=200)
+    at_ease = settle(signals(have=(3, 3))).verdicts
     blamed = settle(given, for_s=120.0).verdicts
     assert blamed[0].need == at_ease[0].need
     assert settle(given, for_s=3600.0).verdicts[1].need > at_ease[1].need
@@ -293,12 +300,12 @@ def test_a_pool_that_misses_its_target_gives_nothing_away():
 
 
 def test_a_correction_is_forgotten_at_a_much_smaller_load():
-    world = World(ttft_s=9.0, ttft_needs=5)
-    world.start("prefill", 4)
+    world = World(ttft_s=9.0, ttft_needs=4)
+    world.start("prefill", 3)
     world.start("decode", 3)
     for _ in range(400):
         world.tick()
-    assert world.count("prefill") == 5
+    assert world.count("prefill") == 4
     assert world.state.of("prefill").correction > 1
     world.per_s = 4.0
     world.tick()
@@ -324,3 +331,14 @@ def test_lines_are_fit_for_a_dry_run():
     assert lines[2].startswith("decode has 3, needs ")
     given = Signals((), (), workers("prefill", 1))
     assert settle(given).lines() == ()
+
+
+def test_the_dry_run_in_the_docs_is_what_is_printed():
+    given = signals(
+        replace(PREFILL, requests_per_s=3.0),
+        replace(DECODE, requests_per_s=30.0, kv_usage=0.2, acceptance_length=1.6),
+        have=(4, 3),
+        exchangeable=True,
+    )
+    page = (Path(__file__).resolve().parents[2] / "docs/autoscaling.md").read_text(encoding="utf-8")
+    assert "\n".join(settle(given, for_s=60.0).lines()) in page

@@ -110,6 +110,7 @@ class Rig:
 
     async def close(self, passage: Passage[str]) -> None:
         await passage.close(lambda: self.happened.append("answer closed"))
+        await asyncio.sleep(0)  # what is to happen when a call is over, happens
 
     @property
     def is_idle(self) -> bool:

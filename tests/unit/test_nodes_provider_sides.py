@@ -319,6 +319,28 @@ def test_commands_reach_each_host_by_its_own_user_and_port(config: dict[str, Any
     assert "Port=22 " in second
 
 
+def test_in_a_container_the_mark_is_set_inside_it(config: dict[str, Any]) -> None:
+    provider = BareHostProvider(BareHostProvider.bootstrap_config(config)["provider"], "r")
+    asked: list[str] = []
+
+    class Recorded:
+        @staticmethod
+        def check_output(argv: list[str], **_: Any) -> bytes:
+            asked.append(argv[-1])
+            return b""
+
+    given = provider.get_command_runner(
+        *("", BIG[0], config["auth"], "r", Recorded, True),  # type: ignore[arg-type]
+        docker_config={"container_name": "box"},
+    )
+    given.run("ray start --head", environment_variables={}, with_output=True)
+    inside = asked[-1].partition("docker exec")[2]
+    assert "box" in inside
+    assert "PDCLUSTER_OWNER=r@hosts/ray" in inside
+    given.run("uptime", run_env="host", with_output=True)
+    assert "docker" not in asked[-1]
+
+
 @pytest.mark.parametrize(
     ("cmd", "has_token", "is_start", "worded"),
     [

@@ -82,6 +82,18 @@ def test_what_makes_another_node_makes_another_digest(changed: dict[str, str]) -
     assert read_request([*WORKER_ARGV, "--num-cpus=1"], WORKER_ENV).digest != digest
 
 
+def test_a_setting_in_front_of_the_heads_command_makes_another_head(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    argv = ["ray", "start", "--head", f"--autoscaling-config={file}"]
+    digests = set()
+    for before in ("", "RAY_x=1 "):
+        commands = [f"{before}python3 -m cluster.nodes.start ray start --head", "pdcluster up"]
+        file.write_text(json.dumps({"head_start_ray_commands": commands}))
+        assert start._stated_start(argv) == commands[:1]
+        digests.add(read_request(argv, HEAD_ENV, start._stated_start(argv)).digest)
+    assert len(digests) == 2
+
+
 # whether to start
 
 
@@ -122,7 +134,8 @@ def test_a_host_of_another_living_head_is_not_taken(monkeypatch: pytest.MonkeyPa
     asked = read_request(WORKER_ARGV, WORKER_ENV)
     raylet = process("raylet", "x", "--gcs-address=10.9.9.9:6379")
     assert other_head(asked, [raylet]) == "10.9.9.9:6379"
-    assert other_head(asked, [process("raylet", "x", f"--gcs-address={HEAD}:6379")]) is None
+    for port in (6379, 6380):
+        assert other_head(asked, [process("raylet", "x", f"--gcs-address={HEAD}:{port}")]) is None
     monkeypatch.setattr(start, "ray_processes", lambda cluster: [raylet])
     monkeypatch.setattr(start, "_answers", lambda address: True)
     with pytest.raises(ClusterError, match=r"the head at 10\.9\.9\.9:6379, which still runs; end"):

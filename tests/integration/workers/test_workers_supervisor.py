@@ -204,6 +204,29 @@ def test_a_segment_that_somebody_else_still_maps_is_left_to_them(supervise, rema
         assert path.exists()
 
 
+SEMAPHORE = """
+import multiprocessing, time
+held = multiprocessing.get_context("spawn").Lock()
+print("made", f"sem.{held._semlock.name[1:]}", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_semaphore_of_an_engine_that_was_killed_is_removed(supervise, eventually):
+    # glibc makes it under another name, by which it is in the maps of the process that made it.
+    # Python's resource tracker would unlink it: here it is killed with the rest of the tree.
+    supervised = supervise([sys.executable, "-c", SEMAPHORE])
+    eventually(lambda: "made" in supervised.text())
+    path = Path("/dev/shm") / supervised.text().split()[1]
+    record = supervised.runtime_dir / "segments.json"
+    eventually(lambda: record.exists() and path.name in record.read_text())
+    for process in tree.descendants(supervised.supervisor_pid):
+        tree.send(process, signal.SIGKILL)
+    while supervised.next_event()["event"] != "ended":
+        pass
+    assert not path.exists()
+
+
 def test_a_full_disk_costs_log_lines_and_not_the_engine(tmp_path, environment):
     (tmp_path / "engine.log").symlink_to("/dev/full")
     supervised = Supervised(
