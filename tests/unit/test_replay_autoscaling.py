@@ -134,9 +134,3 @@ def test_the_table_goes_between_its_marks_and_nowhere_else():
     assert report.with_table(written, [result()]) == written
     with pytest.raises(ValueError, match="put them back"):
         report.with_table("no marks", [result()])
-
-
-def test_the_page_has_a_row_for_every_way_that_scales():
-    page = (ROOT / "docs/autoscaling.md").read_text(encoding="utf-8")
-    assert report.BEGIN in page
-    assert all(f"| {way.name} |" in page for way in scaling_ways())
