@@ -22,7 +22,7 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import aiohttp
 
@@ -137,8 +137,8 @@ class Transfer:
 
     def shared_fields(self) -> Fields:
         """Body fields of both calls. Raises: EngineFailed."""
-        self._check_order(Order.TOGETHER)
-        fields = cast(Together, self.dialect).fields(self.prefill)
+        assert isinstance(self.dialect, Together), f"{self!r} goes {self.order}"
+        fields = self.dialect.fields(self.prefill)
         self._coordinator._move(self, Cause.DECODE_WAITS)
         return fields
 
@@ -156,16 +156,12 @@ class Transfer:
         self._coordinator._move(self, Cause.ABANDONED, why)
 
     def _as_prefill_first(self) -> PrefillFirst:
-        self._check_order(Order.PREFILL_FIRST)
-        return cast(PrefillFirst, self.dialect)
+        assert isinstance(self.dialect, PrefillFirst), f"{self!r} goes {self.order}"
+        return self.dialect
 
     def _as_decode_first(self) -> DecodeFirst:
-        self._check_order(Order.DECODE_FIRST)
-        return cast(DecodeFirst, self.dialect)
-
-    def _check_order(self, order: Order) -> None:
-        # Its order says what a dialect is, and is quicker asked than an abstract class.
-        assert self.dialect.order is order, f"{self!r} goes {self.order}"
+        assert isinstance(self.dialect, DecodeFirst), f"{self!r} goes {self.order}"
+        return self.dialect
 
     def _still_there(self) -> None:
         if self.state is State.LOST:
