@@ -49,6 +49,7 @@ class WorkerState(enum.StrEnum):
     WARMING = "warming"  # HTTP answers; the one-token generation is on its way
     READY = "ready"
     HUNG = "hung"  # alive, holds work, makes no progress
+    CHANGING = "changing"  # loaded, on its way from one role to the other; takes no new work
     DRAINING = "draining"
     STOPPED = "stopped"  # ended on request
     FAILED = "failed"  # ended by itself, or never became ready

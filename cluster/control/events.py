@@ -105,6 +105,7 @@ Event = (
 class Told:
     """An event as it leaves the controller: in words, and in plain fields for programs."""
 
+    seq: int  # grows from event to event, also over restarts of the controller
     at_s: float  # wall clock
     kind: str  # the event's class: WorkerRemoved
     subject: str  # the worker, link or cluster that it is about
@@ -116,6 +117,7 @@ class Told:
 class Recorded:
     """An event and when it happened (wall clock)."""
 
+    seq: int
     at_s: float
     event: Event
 
@@ -126,6 +128,7 @@ class Recorded:
         event = self.event
         subject, *rest = (field.name for field in fields(event))
         return Told(
+            seq=self.seq,
             at_s=self.at_s,
             kind=type(event).__name__,
             subject=str(getattr(event, subject)),
@@ -140,13 +143,21 @@ class EventLog:
     def __init__(self, wall_s: Callable[[], float]) -> None:
         self._wall_s = wall_s
         self._ring: deque[Recorded] = deque(maxlen=EVENTS_KEPT)
+        self._seq = 0
 
     def emit(self, event: Event) -> None:
-        self._ring.append(Recorded(self._wall_s(), event))
+        at_s = self._wall_s()
+        # By the clock where that is ahead, so that numbers grow over a restart, too.
+        self._seq = max(self._seq + 1, int(at_s * 1000))
+        self._ring.append(Recorded(self._seq, at_s, event))
         log.info("%s", describe(event))
 
     def last(self, count: int) -> tuple[Recorded, ...]:
         return tuple(self._ring)[-count:]
+
+    def after(self, seq: int) -> tuple[Recorded, ...]:
+        """Those that are kept and have a higher number, oldest first."""
+        return tuple(recorded for recorded in self._ring if recorded.seq > seq)
 
 
 def describe(event: Event) -> str:

@@ -55,3 +55,6 @@ class WorkerReport:
     rss_bytes: int = 0
     engine_pid: int | None = None
     last_words: tuple[str, ...] = ()  # tail of the engine's log once it FAILED
+    revision: str = ""  # as its spec says
+    node_id: str = ""  # Ray's id of rank 0's node; "": not placed yet
+    node_ids: tuple[str, ...] = ()  # of all its ranks

@@ -27,6 +27,9 @@ class WorkerSpec:
     host: str = ""  # address to bind and to give to peers; "": the node's Ray address
     node_rank: int = 0
     peers: tuple[PoolSpec, ...] = ()  # pools at the other end of this pool's links
+    # Digest of all that its engine was told: a worker of another revision is to be replaced.
+    revision: str = ""
+    avoided_nodes: tuple[str, ...] = ()  # Ray node ids that take no new workers now
 
     @property
     def owner(self) -> str:

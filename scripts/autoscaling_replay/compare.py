@@ -60,7 +60,7 @@ class Result:
         return f"{self.series}, {self.setting}" if self.setting else self.series
 
 
-SLO, NO_ROLES = "SLO", "SLO without role changes"
+SLO, LEAST_TWO, NO_ROLES = "SLO", "SLO with min: 2", "SLO without role changes"
 BUSY, BATCH = "utilisation by busy time", "utilisation by batch"
 FIXED = "fixed"
 
@@ -70,7 +70,9 @@ def scaling_ways() -> list[Way]:
     ways = [
         Way(SLO, f"headroom {headroom:g}", BEGIN, _Slo(headroom, True)) for headroom in HEADROOMS
     ]
-    ways.append(Way(NO_ROLES, f"headroom {POLICY.headroom:g}", BEGIN, _Slo(POLICY.headroom, False)))
+    default = f"headroom {POLICY.headroom:g}"
+    ways.append(Way(LEAST_TWO, default, BEGIN, _Slo(POLICY.headroom, True, least=2)))
+    ways.append(Way(NO_ROLES, default, BEGIN, _Slo(POLICY.headroom, False)))
     for series, targets, by_batch in (
         (BUSY, BUSY_TARGETS, False),
         (BATCH, BATCH_TARGETS, True),
@@ -120,10 +122,11 @@ class _Slo:
 
     headroom: float
     is_exchangeable: bool
+    least: int = 1
 
     def __call__(self) -> Scaler:
         policy = POLICY.model_copy(update={"headroom": self.headroom})
-        return Slo(policy, self.is_exchangeable)
+        return Slo(policy, self.is_exchangeable, self.least)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ class Meter:
     def finished(self, served: Served) -> None:
         self._finished.append(served)
 
-    def look(self, now_s: float, is_exchangeable: bool) -> Signals:
+    def look(self, now_s: float, is_exchangeable: bool, least: int = 1) -> Signals:
         self._known |= dict.fromkeys(self._fleet.replicas)
         self._totals.append(self._total(now_s))
         long_s = _LONG_WINDOWS * self._window_s
@@ -69,8 +69,8 @@ class Meter:
             self._totals.popleft()
         return Signals(
             pools=(
-                PoolSignals("prefill", 1, self._most, self._prefill(now_s)),
-                PoolSignals("decode", 1, self._most, self._decode(now_s)),
+                PoolSignals("prefill", least, self._most, self._prefill(now_s)),
+                PoolSignals("decode", least, self._most, self._decode(now_s)),
             ),
             pairs=(self._pair(now_s, is_exchangeable),),
             workers=tuple(

@@ -33,7 +33,14 @@ STYLE = """
     .c4 { stroke: #9198a1 } .f4 { fill: #9198a1 }
   }
 """
-SERIES = (compare.SLO, compare.NO_ROLES, compare.BUSY, compare.BATCH, compare.FIXED)
+SERIES = (
+    compare.SLO,
+    compare.LEAST_TWO,
+    compare.NO_ROLES,
+    compare.BUSY,
+    compare.BATCH,
+    compare.FIXED,
+)
 PREFILL, DECODE = 0, 2  # colours of the two sides
 
 

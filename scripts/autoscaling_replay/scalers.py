@@ -34,13 +34,13 @@ class Slo:
 
     policy: ScalingSpec
     is_exchangeable: bool
+    least: int = 1  # replicas.min of both pools
     state: PolicyState = field(default_factory=PolicyState)
     log: list[tuple[float, str]] = field(default_factory=list)
 
     def decide(self, meter: Meter, fleet: Fleet, now_s: float) -> tuple[Action, ...]:
-        decision, self.state = decide(
-            self.policy, meter.look(now_s, self.is_exchangeable), self.state, now_s
-        )
+        signals = meter.look(now_s, self.is_exchangeable, self.least)
+        decision, self.state = decide(self.policy, signals, self.state, now_s)
         self.log += [(now_s, line) for line in decision.lines() if decision.actions]
         return decision.actions
 

@@ -194,10 +194,12 @@ class Rack:
         """Ray's living nodes by address, asked on the head."""
         code = (
             "import json, ray; ray.init('auto', logging_level='error'); "
-            "print(json.dumps(ray.nodes()))"
+            "print('nodes:' + json.dumps(ray.nodes()))"
         )
         done = self.hosts.run(HEAD, "python3", "-c", code)
-        listed = json.loads(done.stdout.splitlines()[-1])
+        # Ray prints what it heard of nodes that died among it, before or after.
+        (said,) = [line for line in done.stdout.splitlines() if line.startswith("nodes:")]
+        listed = json.loads(said.removeprefix("nodes:"))
         return {node["NodeManagerAddress"]: node for node in listed if node["Alive"]}
 
     def await_nodes(self, *hosts: int) -> dict[str, dict[str, Any]]:

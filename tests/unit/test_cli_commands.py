@@ -283,7 +283,7 @@ def status():
         workers=(report,),
         failed=(FailedSlot("decode/0", 2, 3.0, "exit code 1"),),
         links=(LinkStatus(link, False, ("prefill/0 cannot feed decode/0: [KV] block size",)),),
-        events=(Recorded(150.0, moved).told(),),
+        events=(Recorded(1, 150.0, moved).told(),),
     )
 
 

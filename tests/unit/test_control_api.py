@@ -59,7 +59,7 @@ STATUS = ClusterStatus(
     workers=(REPORT,),
     failed=(FailedSlot("decode/1", 2, None, "exit code 1", ("last", "words")),),
     links=(LinkStatus(Link("p", "decode", "nixl", 30.0, "recompute"), False, ("unlike",)),),
-    events=tuple(Recorded(150.0, event).told() for event in EVENTS),
+    events=tuple(Recorded(seq, 150.0, event).told() for seq, event in enumerate(EVENTS, 1)),
 )
 RECORD = TransferRecord("chat-r1-0", "decode", "pulled", 5.0, tokens_pulled=37, took_s=0.01)
 

@@ -133,7 +133,7 @@ def test_events_read_as_subject_past_verb_and_fields():
 
 
 def test_an_event_is_told_in_words_and_in_plain_fields():
-    removed = Recorded(5.0, WorkerRemoved(WorkerId("d", 0, 2), "exit code 1", None)).told()
+    removed = Recorded(7, 5.0, WorkerRemoved(WorkerId("d", 0, 2), "exit code 1", None)).told()
     assert (removed.at_s, removed.kind, removed.subject) == (5.0, "WorkerRemoved", "d/0#2")
     assert removed.text == "d/0#2 removed cause='exit code 1' restart_in_s=None"
     assert removed.fields == {"cause": "exit code 1", "restart_in_s": None}

@@ -1,6 +1,7 @@
 """A cluster of simulated engines through the real CLI, with its own state, runtime and cache.
 
-`cluster` is shared by all tests of this folder; the last test of test_up_down.py ends it.
+`cluster` is shared by all tests of this folder. Whoever ends it need not start it again: files run
+in any order, and the next test that asks for it starts it.
 """
 
 from __future__ import annotations
@@ -184,12 +185,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 
 
 @pytest.fixture(scope="session")
-def cluster(home: Home) -> Cluster:
+def shared() -> dict[str, Cluster]:
+    """The cluster that runs, by its name."""
+    return {}
+
+
+@pytest.fixture
+def cluster(home: Home, shared: dict[str, Cluster]) -> Cluster:
+    name = "it-shared"
+    if name in shared and (home.state(name) / "running.json").exists():
+        return shared[name]
+
     def edit(serving: dict[str, Any]) -> None:
         # On a machine of two cores: room for a third and a fourth worker.
         for pool in serving["pools"]:
             pool["placement"] = {"resources": {"CPU": 0.5}}
 
-    topology = home.topology("it-shared", edit)
-    up = home.run("up", str(topology))
-    return Cluster(home, "it-shared", topology, up)
+    topology = home.topology(name, edit)
+    shared[name] = Cluster(home, name, topology, home.run("up", str(topology)))
+    return shared[name]
