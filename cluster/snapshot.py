@@ -58,8 +58,8 @@ class WorkerView:
     load: Load = field(default_factory=Load)
     # Work that one replica does beside others; the fastest pool of its side has 1.
     relative_speed: float = 1.0
-    # Counts this generation's changes of role. A worker is seen in one role per epoch, and in
-    # none (CHANGING) between two.
+    # Grows with each change of its role. A worker is seen in one role per epoch, and in none
+    # (CHANGING) between two.
     epoch: int = 0
     # Its grace is over, or it hangs: what it has in hand is to go on elsewhere, now.
     lets_go: bool = False

@@ -51,6 +51,7 @@ from cluster.identity import Role, WorkerId, WorkerState
 from cluster.models import store
 from cluster.snapshot import Fingerprint, Link, Snapshot, WorkerView
 from cluster.topology.schema import ModelSpec
+from cluster.traffic import GatewayReport
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = "bench-gateway"
@@ -140,10 +141,15 @@ def snapshot() -> Snapshot:
 class StubController:
     """What gateways ask for snapshots; it knows one."""
 
-    async def next_snapshot(self, after_version: int, timeout_s: float) -> Snapshot:
+    async def next_snapshot(
+        self, after_version: int, timeout_s: float, gateway: str = ""
+    ) -> Snapshot:
         if after_version >= 1:
             await asyncio.sleep(timeout_s)
         return snapshot()
+
+    async def gateway_report(self, report: GatewayReport) -> None:
+        return
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.gateway.config import GatewayConfig
 from cluster.snapshot import Snapshot
+from cluster.traffic import GatewayReport
 
 
 @dataclass
@@ -29,13 +30,25 @@ class Order:
 class StubController:
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
+        self._versions: dict[str, int] = {}
+        self._reports: dict[str, GatewayReport] = {}
 
-    async def next_snapshot(self, after_version: int, timeout_s: float) -> Snapshot:
+    async def next_snapshot(
+        self, after_version: int, timeout_s: float, gateway: str = ""
+    ) -> Snapshot:
         import asyncio
 
+        self._versions[gateway] = after_version
         if self._snapshot.version <= after_version:
             await asyncio.sleep(timeout_s)
         return self._snapshot
+
+    async def gateway_report(self, report: GatewayReport) -> None:
+        self._reports[report.gateway] = report
+
+    async def told(self) -> tuple[dict[str, int], dict[str, GatewayReport]]:
+        """What gateways have told so far: the versions that they route by, and their reports."""
+        return self._versions, self._reports
 
 
 ANSWER = "answer: "  # Ray writes to stdout, too
@@ -84,6 +97,11 @@ def main() -> None:
         for line in sys.stdin:
             if line.strip() == "start":
                 tell(start())
+            elif line.strip() == "told":
+                versions, reports = ray.get(controller.told.remote())
+                known = [versions.get(replica) for replica in reports]
+                pairs = [pair for report in reports.values() for pair in report.pairs]
+                tell(f"{known}; {[(pair.arrived, pair.finished) for pair in pairs]}")
             elif line.strip() == "stop":
                 hosting.stop(cluster, order.ingress, 5.0)
                 tell("stopped")

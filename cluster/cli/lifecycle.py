@@ -71,9 +71,10 @@ def up(
     token = at.token_file or f"${at.token_env}"
     output.out.print(f"  control   {at.control_url}   token {token}\n")
     output.out.print(curl, markup=False)
-    output.out.print(
-        f"\nnext: pdcluster status | pdcluster chat | pdcluster down --cluster {at.cluster}"
-    )
+    # Where Ray's own launcher started the nodes, it also ends them.
+    is_rack = address is None and at.own_ray is None
+    end = "ray down FILE, where ray up was" if is_rack else f"pdcluster down --cluster {at.cluster}"
+    output.out.print(f"\nnext: pdcluster status | pdcluster chat | {end}")
 
 
 def _outcome(done: Up, is_waited_for: bool) -> str:

@@ -18,7 +18,21 @@ from typing import Annotated, ParamSpec
 import typer
 
 from cluster import __version__
-from cluster.cli import chat, demo, doctor, files, lifecycle, logs, output, status
+from cluster.cli import (
+    apply,
+    changes,
+    chat,
+    demo,
+    doctor,
+    events,
+    files,
+    lifecycle,
+    logs,
+    output,
+    scaling,
+    status,
+    watch,
+)
 from cluster.cli.target import Json
 from cluster.errors import ClusterError, InvalidInput
 
@@ -47,9 +61,17 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     lifecycle.up,
     lifecycle.down,
     status.status,
+    watch.watch,
     chat.chat,
     logs.logs,
     status.transfers,
+    events.events,
+    changes.scale,
+    changes.role,
+    changes.drain,
+    apply.apply,
+    changes.changes,
+    scaling.scaling,
     files.validate,
     files.render,
     files.schema,

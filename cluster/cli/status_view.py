@@ -6,7 +6,9 @@ The dict's keys are an interface for scripts: add, never rename.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
 from rich.markup import escape
@@ -15,12 +17,13 @@ from rich.table import Table
 from cluster.cli import output
 from cluster.cli.ttft import ttft_s
 from cluster.control.events import Told
-from cluster.control.state import ClusterStatus, LinkStatus
+from cluster.control.state import ClusterStatus, LinkStatus, PoolStatus
 from cluster.identity import WorkerState
 from cluster.launcher.target import Target
-from cluster.workers.report import WorkerReport
+from cluster.workers.report import Counters, WorkerReport
 
 _EVENTS_DRAWN = 8
+_LAST_WORDS_DRAWN = 3
 
 
 def of(at: Target, found: ClusterStatus, exposition: str, now_s: float) -> dict[str, Any]:
@@ -37,7 +40,7 @@ def of(at: Target, found: ClusterStatus, exposition: str, now_s: float) -> dict[
         "up_for_s": round(now_s - here.started_at_s, 1) if here is not None else None,
         "controller_up_for_s": round(now_s - found.controller_started_at_s, 1),
         "ttft_s": {"p50": ttft_s(exposition, 0.5), "p95": ttft_s(exposition, 0.95)},
-        "pools": [asdict(pool) for pool in found.pools],
+        "pools": [_pool(pool, found.workers) for pool in found.pools],
         "workers": [_worker(report, now_s) for report in found.workers],
         "failed": [asdict(slot) for slot in found.failed],
         "links": [_link(state) for state in found.links],
@@ -58,7 +61,7 @@ def draw(view: dict[str, Any]) -> None:
     if ttft["p50"] is not None:
         print_(f"TTFT p50 {ttft['p50'] * 1000:.0f} ms, p95 {ttft['p95'] * 1000:.0f} ms")
     print_(_pool_table(view["pools"]))
-    print_(_worker_table(view["workers"]))
+    print_(_worker_table(view["workers"], {p["name"]: p["role"] for p in view["pools"]}))
     for worker in view["workers"]:
         if worker["message"]:
             print_(f"[yellow]{worker['name']}: {escape(worker['message'])}[/yellow]")
@@ -73,6 +76,21 @@ def draw(view: dict[str, Any]) -> None:
         print_(f"[dim]{event['time']}  {escape(event['text'])}[/dim]")
 
 
+def _pool(pool: PoolStatus, workers: Sequence[WorkerReport]) -> dict[str, Any]:
+    own = [report.counters for report in workers if report.id.pool == pool.name]
+    positions = zip_longest(*(part.spec_accepted_per_position for part in own), fillvalue=0)
+    together = Counters(
+        spec_drafts=sum(part.spec_drafts for part in own),
+        spec_accepted=sum(part.spec_accepted for part in own),
+        spec_accepted_per_position=tuple(map(sum, positions)),
+    )
+    return {
+        **asdict(pool),
+        "acceptance_length": together.acceptance_length,
+        "acceptance_per_position": together.acceptance_per_position,
+    }
+
+
 def _worker(report: WorkerReport, now_s: float) -> dict[str, Any]:
     counters = report.counters
     return {
@@ -80,6 +98,8 @@ def _worker(report: WorkerReport, now_s: float) -> dict[str, Any]:
         "generation": report.id.generation,
         "pool": report.id.pool,
         "role": report.role.value,
+        "epoch": report.epoch,
+        "revision": report.revision,
         "state": report.state.value,
         "message": report.message,
         "url": report.url,
@@ -89,6 +109,7 @@ def _worker(report: WorkerReport, now_s: float) -> dict[str, Any]:
         "stage_s": dict(report.stage_s),
         "rss_bytes": report.rss_bytes,
         "acceptance_length": counters.acceptance_length,
+        "acceptance_per_position": counters.acceptance_per_position,
         "load": asdict(report.load),
         "counters": asdict(counters),
         "fingerprint": asdict(report.fingerprint) if report.fingerprint else None,
@@ -117,18 +138,27 @@ def _event(told: Told) -> dict[str, Any]:
 
 
 def _pool_table(pools: list[dict[str, Any]]) -> Table:
-    table = Table("pool", "role", "engine", "ready", box=None, pad_edge=False)
+    # "accepted": mean tokens per decode step, then the share of accepted drafts by position.
+    table = Table("pool", "role", "engine", "ready", "accepted", box=None, pad_edge=False)
     for pool in pools:
         is_whole = pool["ready"] == pool["desired"]
         ready = f"{pool['ready']}/{pool['desired']}"
         colour = "green" if is_whole else "yellow"
         table.add_row(
-            pool["name"], str(pool["role"]), pool["engine"], f"[{colour}]{ready}[/{colour}]"
+            *(pool["name"], str(pool["role"]), pool["engine"], f"[{colour}]{ready}[/{colour}]"),
+            _accepted(pool),
         )
     return table
 
 
-def _worker_table(workers: list[dict[str, Any]]) -> Table:
+def _accepted(pool: dict[str, Any]) -> str:
+    if pool["acceptance_length"] is None:
+        return "-"
+    shares = " ".join(f"{share:.0%}" for share in pool["acceptance_per_position"])
+    return f"{pool['acceptance_length']:.2f}" + (f" ({shares})" if shares else "")
+
+
+def _worker_table(workers: list[dict[str, Any]], roles: dict[str, Any]) -> Table:
     # "accepted": mean tokens per decode step. "pulled", "held": prompt tokens whose KV came from
     # prefill, or was there.
     table = Table(box=None, pad_edge=False)
@@ -142,7 +172,8 @@ def _worker_table(workers: list[dict[str, Any]]) -> Table:
         accepted = worker["acceptance_length"]
         table.add_row(
             f"{worker['name']}#{worker['generation']}",
-            output.state_text(WorkerState(worker["state"])),
+            output.state_text(WorkerState(worker["state"]))
+            + ("" if worker["role"] == roles.get(worker["pool"]) else f" as {worker['role']}"),
             f"{load['running']}/{load['waiting']}",
             f"{load['kv_usage']:.0%}",
             f"{accepted:.2f}" if accepted is not None else "-",
@@ -163,3 +194,5 @@ def _draw_failed(slot: dict[str, Any]) -> None:
     output.out.print(
         f"[yellow]{slot['worker']} failed {times}: {escape(slot['why'])}; {then}[/yellow]"
     )
+    for line in slot["last_words"][-_LAST_WORDS_DRAWN:]:
+        output.out.print(f"[dim]  {escape(line)}[/dim]")

@@ -19,6 +19,8 @@ import ray
 from ray import exceptions as ray_exceptions
 
 from cluster.control.api_server import ApiServer
+from cluster.control.autoscale.view import Scaling
+from cluster.control.autoscaler import Autoscaler
 from cluster.control.clock import SystemClock
 from cluster.control.controller import Controller
 from cluster.control.state import ClusterStatus, DesiredState
@@ -59,10 +61,13 @@ class ControllerActor(Controller):
     # Ray awaits a coroutine __init__ in the actor's own event loop.
     async def __init__(self, cluster: str) -> None:  # type: ignore[misc]
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-        super().__init__(cluster, RayWorkers(), Store(RayKeyValue(cluster)), SystemClock())
+        self._kept = Store(RayKeyValue(cluster))
+        super().__init__(cluster, RayWorkers(), self._kept, SystemClock())
         self._running = asyncio.create_task(self.run(), name=f"run {cluster}")
+        self._autoscaler = Autoscaler(self, SystemClock(), self.emit)
+        self._scaling = asyncio.create_task(self._autoscaler.run(), name=f"autoscaler {cluster}")
         self._api: ApiServer | None = None
-        access = await asyncio.to_thread(self._store.api_access)
+        access = await asyncio.to_thread(self._kept.api_access)
         if access is not None:
             self._api = ApiServer(self, access)
             self._serving = asyncio.create_task(self._api.run(), name=f"API of {cluster}")
@@ -70,9 +75,13 @@ class ControllerActor(Controller):
     async def apply(self, desired: DesiredState) -> None:
         """As Controller.apply; also takes the token that the store holds now."""
         await super().apply(desired)
-        access = await asyncio.to_thread(self._store.api_access)
+        access = await asyncio.to_thread(self._kept.api_access)
         if access is not None and self._api is not None:
             self._api.take(access)
+
+    async def scaling(self) -> Scaling:
+        """What the autoscaler has decided last."""
+        return self._autoscaler.scaling()
 
     async def api_problem(self) -> str:
         """Why the control API does not answer; "" if it does."""

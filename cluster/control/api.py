@@ -4,10 +4,14 @@
     GET /v1/status                       the cluster as its controller sees it
     GET /v1/workers/POOL/INDEX/log       a piece of an engine's log
     GET /v1/transfers?request_id=        the KV transfers of a request
+    control.api_changes                  what changes the cluster, how far it is, events
+    control.api_scaling                  what the autoscaler decided
+    control.api_live                     what is new, for whoever watches
+    control.api_page                     the page; asks for no token, tells nothing of the cluster
     GET /openapi.json                    all of this, for programs
 
-The token is asked for before a request is looked at any further; whatever is not `/health`, also
-what does not exist, needs it. Errors are `{"error": {"message", "type"}}`.
+The token is asked for before a request is looked at any further; whatever is not `/health` or a
+file of the page, also what does not exist, needs it. Errors are `{"error": {"message", "type"}}`.
 Called by: control.actor. No Ray here: the controller is passed in.
 """
 
@@ -27,6 +31,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster import __version__
 from cluster.control import wire
+from cluster.control.api_answers import INVALID, UNAUTHORIZED, UNAVAILABLE, json, refused
+from cluster.control.api_changes import ChangeControls, changing, watching
+from cluster.control.api_live import LiveControls, living
+from cluster.control.api_page import Page
+from cluster.control.api_scaling import scaling
 from cluster.control.state import ClusterStatus, LogWindow
 from cluster.errors import ClusterError, InvalidInput, PeerGone
 from cluster.transfers import TransferRecord
@@ -34,14 +43,11 @@ from cluster.transfers import TransferRecord
 log = logging.getLogger(__name__)
 
 _OPEN = "/health"
-_JSON = "application/json"
 _DEFAULT_LOG_BYTES = 1 << 18
 
 
-class Controls(Protocol):
+class Controls(ChangeControls, LiveControls, Protocol):
     """What the API needs of a controller."""
-
-    async def status(self) -> ClusterStatus: ...
 
     async def transfers(self, request_id: str) -> list[TransferRecord]: ...
 
@@ -78,12 +84,23 @@ def create_app(controls: Controls, bearer: Bearer) -> ASGIApp:
         redirect_slashes=False,
     )
     app.get(_OPEN)(health)
-    app.include_router(_reading(controls))
+    api = APIRouter(
+        # For the document only; whether a request has the token is judged before (_Guarded).
+        dependencies=[Depends(HTTPBearer(auto_error=False))],
+        responses=UNAUTHORIZED,
+    )
+    for router in (
+        *(_reading(controls), changing(controls), watching(controls)),
+        *(scaling(controls), living(controls)),
+    ):
+        api.include_router(router)
+    app.include_router(api)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(ClusterError, _cluster_error)
     app.add_exception_handler(Exception, _mistake)
-    return _Guarded(app, bearer)
+    return Page(_Guarded(app, bearer))
 
 
 async def health() -> dict[str, str]:
@@ -93,30 +110,25 @@ async def health() -> dict[str, str]:
 
 def _reading(controls: Controls) -> APIRouter:
     """What changes nothing."""
-    router = APIRouter(
-        prefix="/v1",
-        # For the document only; whether a request has the token is judged before (_Guarded).
-        dependencies=[Depends(HTTPBearer(auto_error=False))],
-        responses={401: {"model": wire.Refusal, "description": "No token, or a wrong one."}},
-    )
+    router = APIRouter(prefix="/v1", responses=UNAVAILABLE)
 
     @router.get("/status", response_model=ClusterStatus)
     async def status() -> Response:
         """Pools, workers and why one is not ready, failed ones, links, recent events."""
-        return Response(wire.status_json(await controls.status()), media_type=_JSON)
+        return json(wire.status_json(await controls.status()))
 
-    @router.get("/transfers", response_model=wire.Transfers)
+    @router.get("/transfers", response_model=wire.Transfers, responses=INVALID)
     async def transfers(
         request_id: Annotated[str, Query(min_length=1, description="`x-request-id` of an answer.")],
     ) -> Response:
         """The KV transfers of one request, as both of its engines reported them, by time."""
-        records = await controls.transfers(request_id)
-        return Response(wire.transfers_json(records), media_type=_JSON)
+        return json(wire.transfers_json(await controls.transfers(request_id)))
 
     @router.get(
         "/workers/{pool}/{index}/log",
         response_class=Response,
         responses={
+            **INVALID,
             200: {
                 "content": {"application/octet-stream": {}},
                 "headers": {
@@ -155,11 +167,11 @@ def _reading(controls: Controls) -> APIRouter:
         try:
             window = await controls.read_log(name, offset, limit_bytes, rank)
         except InvalidInput as error:
-            return _refused(HTTPStatus.NOT_FOUND, str(error), "no_such_rank")
+            return refused(HTTPStatus.NOT_FOUND, str(error), "no_such_rank")
         except PeerGone as error:
             known = {report.id.name for report in (await controls.status()).workers}
             status = HTTPStatus.SERVICE_UNAVAILABLE if name in known else HTTPStatus.NOT_FOUND
-            return _refused(status, str(error), "worker_gone")
+            return refused(status, str(error), "worker_gone")
         return Response(
             window.data,
             media_type="application/octet-stream",
@@ -185,29 +197,22 @@ class _Guarded:
             authorization = dict(scope["headers"]).get(b"authorization")
             if not self._bearer.admits(authorization):
                 what = "a wrong token" if authorization else "no token"
-                refused = _refused(
+                answer = refused(
                     HTTPStatus.UNAUTHORIZED,
                     f"{what}; send `Authorization: Bearer TOKEN`",
                     "unauthorized",
                     {"www-authenticate": "Bearer"},
                 )
-                await refused(scope, receive, send)
+                await answer(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-
-def _refused(
-    status: int, message: str, kind: str, headers: dict[str, str] | None = None
-) -> Response:
-    body = wire.refusal_json(message, kind)
-    return Response(body, status_code=status, media_type=_JSON, headers=headers)
 
 
 async def _http_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = HTTPStatus(error.status_code).name.lower()
     headers = dict(error.headers) if error.headers else None
-    return _refused(error.status_code, str(error.detail), kind, headers)
+    return refused(error.status_code, str(error.detail), kind, headers)
 
 
 async def _invalid(_request: Request, error: Exception) -> Response:
@@ -216,13 +221,17 @@ async def _invalid(_request: Request, error: Exception) -> Response:
         f"{'.'.join(str(part) for part in fault['loc'][1:])}: {fault['msg']}"
         for fault in error.errors()
     )
-    return _refused(HTTPStatus.BAD_REQUEST, said, "invalid_request")
+    return refused(HTTPStatus.BAD_REQUEST, said, wire.INVALID)
+
+
+async def _invalid_input(_request: Request, error: Exception) -> Response:
+    return refused(HTTPStatus.BAD_REQUEST, str(error), wire.REFUSED)
 
 
 async def _cluster_error(_request: Request, error: Exception) -> Response:
-    return _refused(HTTPStatus.SERVICE_UNAVAILABLE, str(error), "unavailable")
+    return refused(HTTPStatus.SERVICE_UNAVAILABLE, str(error), "unavailable")
 
 
 async def _mistake(_request: Request, error: Exception) -> Response:
     log.error("request failed", exc_info=error)
-    return _refused(HTTPStatus.INTERNAL_SERVER_ERROR, "a mistake in pdcluster", "internal")
+    return refused(HTTPStatus.INTERNAL_SERVER_ERROR, "a mistake in pdcluster", "internal")

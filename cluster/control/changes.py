@@ -122,6 +122,7 @@ class Change:
     why: str = ""  # of FAILED and REPLACED
     steps: tuple[Step, ...] = ()
     measures: tuple[Measure, ...] = ()  # its effect, once DONE
+    pools: tuple[str, ...] = ()  # whose workers it is about; (): any
 
     @property
     def took_s(self) -> float | None:

@@ -7,16 +7,22 @@ Where the API is and which token it wants is for the caller to know (launcher.ta
 from __future__ import annotations
 
 import http.client
+import json
 import time
 import urllib.parse
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cluster.control import wire
+from cluster.control.autoscale.view import Scaling
+from cluster.control.changes import Ask, Change, Plan
+from cluster.control.events import Told
 from cluster.control.state import ClusterStatus, LogWindow
-from cluster.errors import ClusterError, PeerGone
+from cluster.errors import ClusterError, InvalidInput, PeerGone
 from cluster.identity import WorkerId
+from cluster.topology.schema import ServingSpec
 from cluster.transfers import TransferRecord
 
 _CONNECT_BOUND_S = 5.0
@@ -30,18 +36,23 @@ class ControlError(ClusterError):
     """The control API refused, or does not answer."""
 
 
+class UnknownName(InvalidInput):
+    """There is no pool, worker or change of that name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Access:
     """How to reach one control API, and what to tell people when that fails.
 
-    `patience_s`: how long a refused connection is tried again, for a controller that is just being
-    restarted."""
+    `patience_s`: how long a lost connection is tried again, for a controller that is just being
+    restarted. `asked_by`: who changes something, in printable ASCII."""
 
     url: str
     token: str = field(repr=False)
     check: str = ""  # what to look at if nothing answers
     token_advice: str = ""  # what to do if the token is refused
     patience_s: float = 0.0
+    asked_by: str = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,35 +94,93 @@ class ControlClient:
             int(answer.headers[wire.GENERATION_HEADER]),
         )
 
+    def ask(self, ask: Ask, why: str = "") -> Change:
+        """Have the cluster changed; returns when that has begun. `why`: for people, one line.
+
+        Sent again after a lost connection, under one key, so that it is done once (but see
+        control.api_changes: a controller that was restarted has forgotten its keys).
+
+        Raises: UnknownName; InvalidInput: refused, nothing is done."""
+        path, body = wire.posted(ask)
+        return self._understood(wire.read_change, self._post(path, {**body, "why": why}).body)
+
+    def plan(self, serving: ServingSpec) -> Plan:
+        """What an Apply of `serving` would do. Raises: InvalidInput."""
+        answer = self._post("/v1/plan", wire.serving_body(serving))
+        return self._understood(wire.read_plan, answer.body)
+
+    def change(self, id: int) -> Change:
+        """Raises: UnknownName: it is not known, or not any more."""
+        return self._understood(wire.read_change, self._get(f"/v1/changes/{id}").body)
+
+    def changes(self) -> tuple[Change, ...]:
+        """The latest, newest last."""
+        return self._understood(wire.read_changes, self._get("/v1/changes").body)
+
+    def events(self, after_seq: int = 0, wait_s: float = 0.0) -> tuple[Told, ...]:
+        """Those that are kept and came after `after_seq`, oldest first; if there is none, the first
+        to come within `wait_s` (at most wire.LONGEST_WAIT_S)."""
+        answer = self._get("/v1/events", after=str(after_seq), wait_s=f"{wait_s:g}")
+        return self._understood(wire.read_events, answer.body)
+
+    def scaling(self) -> Scaling:
+        """What the autoscaler decided last."""
+        return self._understood(wire.read_scaling, self._get("/v1/scaling").body)
+
+    def live(self, since: int = 0, events_after: int = 0) -> wire.Looked:
+        """What is new after the point numbered `since` (0: all that is kept), the newest events
+        numbered above `events_after`, and what the autoscaler decided last."""
+        answer = self._get("/v1/live", since=str(since), events_after=str(events_after))
+        return self._understood(wire.read_looked, answer.body)
+
     def _get(self, path: str, **query: str) -> _Answer:
-        target = path + ("?" + urllib.parse.urlencode(query) if query else "")
-        give_up_s = time.monotonic() + self.access.patience_s
+        return self._answered(
+            "GET", path + ("?" + urllib.parse.urlencode(query) if query else ""), {}, None
+        )
+
+    def _post(self, path: str, body: dict[str, Any]) -> _Answer:
+        headers = {
+            "content-type": "application/json",
+            wire.ASKED_BY_HEADER: self.access.asked_by,
+            wire.KEY_HEADER: str(uuid.uuid4()),
+        }
+        return self._answered("POST", path, headers, json.dumps(body, allow_nan=False).encode())
+
+    def _answered(
+        self, method: str, target: str, headers: Mapping[str, str], body: bytes | None
+    ) -> _Answer:
+        give_up_s: float | None = None
         while True:
             try:
-                answer = self._send("GET", target)
+                answer = self._send(method, target, headers, body)
                 break
-            except (ConnectionRefusedError, ConnectionResetError, http.client.HTTPException) as e:
-                if time.monotonic() >= give_up_s:
-                    raise self._silent(e) from e
+            except (ConnectionError, http.client.HTTPException) as error:
+                # From the first loss on: an answer may have been waited for long before that.
+                now_s = time.monotonic()
+                give_up_s = now_s + self.access.patience_s if give_up_s is None else give_up_s
+                if now_s >= give_up_s:
+                    raise self._silent(error) from error
                 time.sleep(_RETRY_S)
             except OSError as error:
                 raise self._silent(error) from error
-        if answer.status == 200:
+        if answer.status in (200, 202):
             return answer
         raise self._refusal(answer)
 
-    def _send(self, method: str, target: str) -> _Answer:
+    def _send(
+        self, method: str, target: str, headers: Mapping[str, str], body: bytes | None
+    ) -> _Answer:
         connection = connect(self.access.url, _CONNECT_BOUND_S, _ANSWER_BOUND_S)
         try:
             base = urllib.parse.urlsplit(self.access.url).path.rstrip("/")
-            headers = {"authorization": f"Bearer {self.access.token}", "connection": "close"}
-            connection.request(method, base + target, headers=headers)
+            sent = {"authorization": f"Bearer {self.access.token}", "connection": "close"}
+            connection.request(method, base + target, body=body, headers={**sent, **headers})
             response = connection.getresponse()
-            body = response.read()
+            answered = response.read()
         finally:
             connection.close()
-        headers = {name.lower(): value for name, value in response.headers.items()}
-        return _Answer(response.status, headers, body)
+        found = {name.lower(): value for name, value in response.headers.items()}
+        return _Answer(response.status, found, answered)
 
     def _silent(self, error: Exception) -> ControlError:
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -128,6 +197,12 @@ class ControlClient:
         if problem.type == "worker_gone":
             worker, _, why = problem.message.partition(" is gone: ")
             return PeerGone(worker, why)
+        if problem.type == wire.UNKNOWN_NAME:
+            return UnknownName(problem.message)
+        if problem.type == wire.REFUSED:
+            return InvalidInput(problem.message)
+        if problem.type == wire.INVALID:
+            return InvalidInput(f"{self._at} does not take it: {problem.message}")
         return ControlError(f"{self._at}: {answer.status} {problem.message}")
 
     def _understood(self, read: Callable[[bytes], T], body: bytes) -> T:

@@ -1,4 +1,4 @@
-"""What has happened, as facts with fields. One `emit` feeds the log and `status`.
+"""What has happened, as facts with fields. One `emit` feeds the log, `status` and `events`.
 
 The newest EVENTS_KEPT are kept in the controller; they go with it, the log stays.
 """
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
-from cluster.identity import WorkerId, WorkerState
+from cluster.identity import Role, WorkerId, WorkerState
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,79 @@ class LinkAllowed:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangeAsked:
+    what: str  # scale prefill from 1 to 3
+    change: int
+    asked_by: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeEnded:
+    what: str
+    change: int
+    state: str  # done | failed | replaced
+    took_s: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoleChanged:
+    worker: WorkerId
+    was: Role
+    now: Role
+    took_s: float  # from the moment it took no new work
+    drained_s: float  # of that, until it had finished what it had
+
+
+@dataclass(frozen=True, slots=True)
+class RoleKept:
+    worker: WorkerId
+    why: str  # it did not change
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLetGo:
+    worker: WorkerId
+    why: str  # requests that it has go on elsewhere
+
+
+@dataclass(frozen=True, slots=True)
+class PoolsRollingOut:
+    pools: str
+    change: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolsRolledBack:
+    pools: str
+    change: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayNoted:
+    """What a gateway replica has to say (traffic.GatewayNote)."""
+
+    subject: str  # a worker or a request
+    what: str  # RequestPoisonous, AnswerContinued, AnswerLost
+    text: str
+    request_id: str
+    gateway: str
+
+
+@dataclass(frozen=True, slots=True)
+class AutoscalerDecided:
+    """What it does becomes a Change, and that has its own events; this is what it only would do
+    (dry run), or was refused."""
+
+    pool: str
+    action: str  # scale prefill from 1 to 2
+    outcome: str  # would | refused
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class ShutdownAsked:
     cluster: str
     grace_s: float
@@ -97,6 +170,15 @@ Event = (
     | WorkerRemoved
     | LinkRefused
     | LinkAllowed
+    | ChangeAsked
+    | ChangeEnded
+    | RoleChanged
+    | RoleKept
+    | WorkerLetGo
+    | PoolsRollingOut
+    | PoolsRolledBack
+    | GatewayNoted
+    | AutoscalerDecided
     | ShutdownAsked
 )
 

@@ -44,15 +44,21 @@ class Tracked:
     is_draining: bool = False
     is_removing: bool = False
     is_gone: bool = False
+    # What it serves as. The report tells what its engine was started for.
+    role: Role = Role.MIXED
+    epoch: int = 0
+    is_changing: bool = False
+    lets_go: bool = False
     ready_since_s: float | None = None
+    started_at_s: float = field(init=False)
     heard_at_s: float = field(init=False)
     is_silent: bool = False
 
     def __post_init__(self) -> None:
-        self.heard_at_s = self.clock.now_s()
+        self.started_at_s = self.heard_at_s = self.clock.now_s()
 
     @classmethod
-    def starting(cls, worker: WorkerId, role: Role, clock: Clock) -> Tracked:
+    def starting(cls, worker: WorkerId, role: Role, revision: str, clock: Clock) -> Tracked:
         report = WorkerReport(
             id=worker,
             role=role,
@@ -61,14 +67,21 @@ class Tracked:
             node_ip="",
             url="",
             started_at_s=clock.wall_s(),
+            revision=revision,
         )
-        return cls(worker, report, clock)
+        return cls(worker, report, clock, role=role)
 
     @classmethod
     def adopted(cls, handle: WorkerHandle, role: Role, clock: Clock) -> Tracked:
-        tracked = cls.starting(handle.id, role, clock)
+        """A worker that another controller started: its first report tells its revision."""
+        tracked = cls.starting(handle.id, role, "", clock)
         tracked.handle = handle
         return tracked
+
+    def serve_as(self, role: Role, epoch: int) -> None:
+        """A change of role is complete."""
+        self.role, self.epoch = role, epoch
+        self.is_changing = self.lets_go = False
 
     def ask(self) -> None:
         """Send one question, unless one is under way."""
@@ -82,7 +95,9 @@ class Tracked:
         if self.asking is not None and self.asking.done():
             answer, self.asking = self.asking, None
             try:
-                self.report = answer.result()
+                report = answer.result()
+                # Before its actor answers it is the handle that reports, and knows no revision.
+                self.report = replace(report, revision=report.revision or self.report.revision)
                 self.heard_at_s = self.clock.now_s()
                 self.is_silent = False
             except Exception as error:
@@ -118,20 +133,38 @@ class Tracked:
     def stopped(self) -> None:
         self.report = replace(self.report, state=WorkerState.STOPPED, message="")
         self.handle = None
+        if self.asking is not None:
+            # Or a report that was on its way would say that it still drains, for ever.
+            self.asking.cancel()
+            self.asking = None
 
     def shown(self) -> WorkerReport:
-        """The last report, corrected by what the controller has done since."""
-        if self.is_gone and self.report.state not in ENDED:
-            return replace(self.report, state=WorkerState.FAILED)
-        if self.is_draining and self.report.state not in (*ENDED, WorkerState.DRAINING):
-            return replace(self.report, state=WorkerState.DRAINING)
-        return self.report
+        """The last report, corrected by what the controller has decided and done since."""
+        state = self.report.state
+        if self.is_gone and state not in ENDED:
+            state = WorkerState.FAILED
+        elif self.is_draining and state not in (*ENDED, WorkerState.DRAINING):
+            state = WorkerState.DRAINING
+        elif self.is_changing and state is WorkerState.READY:
+            state = WorkerState.CHANGING
+        return replace(
+            self.report,
+            state=state,
+            role=self.role,
+            epoch=self.epoch,
+            lets_go=self.lets_go or state is WorkerState.HUNG,
+        )
 
-    def observed(self, now_s: float) -> Observed:
+    def observed(self, now_s: float, outdated: str = "", flips_to: Role | None = None) -> Observed:
+        """As reconcile wants it; what speaks against the worker is for the caller to know."""
+        is_unplaced = not self.report.node_ip and self.report.state is WorkerState.STARTING
         return Observed(
             id=self.id,
             state=WorkerState.DRAINING if self.is_draining and self.is_gone else self.shown().state,
             ready_for_s=now_s - self.ready_since_s if self.ready_since_s is not None else 0.0,
             is_gone=self.is_gone,
             message=self.report.message,
+            outdated=outdated,
+            unplaced_for_s=now_s - self.started_at_s if is_unplaced else 0.0,
+            flips_to=flips_to,
         )

@@ -1,12 +1,16 @@
 """Reconcile pools. In: pools wanted, workers observed, the history of each slot, now. Out: actions.
 
-A slot is a place in a pool (pool, index). It holds at most one worker; each start in it gets a
-new generation. Called by: control.controller at every tick. Pure: sends nothing, reads no clock.
+A slot is a place in a pool (pool, index). Each start in it gets a new generation; it holds one
+worker, or two while one is being replaced. Called by: control.controller at every tick. Pure:
+sends nothing, reads no clock.
 
-    slot empty,  wanted,  pause over  ─▶ Start
-    worker FAILED, HUNG or vanished   ─▶ Remove, and the slot pauses before its next Start
-    worker STOPPED                    ─▶ Remove
-    worker not wanted                 ─▶ Drain; the highest index of a pool goes first
+    slot empty,  wanted,  pause over   ─▶ Start
+    worker FAILED, HUNG or vanished    ─▶ Remove, and the slot pauses before its next Start
+    worker STOPPED                     ─▶ Remove
+    worker not wanted                  ─▶ Drain; the highest index of a pool goes first
+    worker outdated (`outdated`)       ─▶ Start the next generation beside it; once that is ready,
+                                          Drain it. One slot of a pool at a time.
+    worker in another role than wanted ─▶ Flip
 """
 
 from __future__ import annotations
@@ -14,10 +18,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cluster.identity import WorkerId, WorkerState
+from cluster.identity import Role, WorkerId, WorkerState
 from cluster.topology.schema import HealthSpec
 
 SlotKey = tuple[str, int]
+
+# A replacement that finds no room for this long takes the place of the worker that it replaces.
+NO_ROOM_AFTER_S = 10.0
+# A new worker has shown nothing yet by being ready for a moment.
+PROVEN_AFTER_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +41,27 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class PoolWanted:
-    """`replicas` are wanted; at no time may more than `most` exist."""
+    """`replicas` are wanted; at no time may more than `most` exist, and one more while one is
+    being replaced.
+
+    `kept`: indices that go last when replicas are too many (workers that serve in another role).
+    `surge` False: a worker to be replaced ends before the next one starts.
+    `may_retire` False: outdated workers stay for now, also where the next one is ready."""
 
     name: str
     replicas: int
     most: int
+    kept: frozenset[int] = frozenset()
+    surge: bool = True
+    may_retire: bool = True
+
+    @property
+    def indices(self) -> frozenset[int]:
+        """The slots that are to have a worker: those kept, then the lowest."""
+        count = min(self.replicas, self.most)
+        kept = sorted(self.kept)[:count]
+        others = (index for index in range(count + len(kept)) if index not in self.kept)
+        return frozenset([*kept, *(next(others) for _ in range(count - len(kept)))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +73,9 @@ class Observed:
     ready_for_s: float = 0.0
     is_gone: bool = False
     message: str = ""
+    outdated: str = ""  # why it is to be replaced; "": it need not be
+    unplaced_for_s: float = 0.0  # since its start, if no node has taken it yet
+    flips_to: Role | None = None  # the role it is to serve in, if unlike the present one
 
     @property
     def slot(self) -> SlotKey:
@@ -65,6 +93,14 @@ class Observed:
         return not self.has_stopped and (
             self.is_gone or self.state in (WorkerState.FAILED, WorkerState.HUNG)
         )
+
+    @property
+    def is_leaving(self) -> bool:
+        return self.has_stopped or self.has_failed or self.state is WorkerState.DRAINING
+
+    @property
+    def is_proven(self) -> bool:
+        return self.state is WorkerState.READY and self.ready_for_s >= PROVEN_AFTER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +127,16 @@ class Remove:
     slot: Slot  # the slot afterwards
 
 
-Action = Start | Drain | Remove
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """Let the worker finish what it has, then serve in another role, without a new start."""
+
+    worker: WorkerId
+    role: Role
+    why: str
+
+
+Action = Start | Drain | Remove | Flip
 
 
 def reconcile(
@@ -101,7 +146,7 @@ def reconcile(
     health: HealthSpec,
     now_s: float,
 ) -> tuple[Action, ...]:
-    """The steps towards `pools` that can be taken now. At most one per slot."""
+    """The steps towards `pools` that can be taken now. At most one per worker."""
     wanted = {pool.name: pool for pool in pools}
     actions: list[Action] = []
     for name in sorted({worker.id.pool for worker in observed} - wanted.keys()):
@@ -141,38 +186,143 @@ def _reconcile_pool(
     health: HealthSpec,
     now_s: float,
 ) -> list[Action]:
-    replicas = min(pool.replicas, pool.most)
+    actions: list[Action] = _removals(observed, slots, health, now_s)
+    by_index: dict[int, list[Observed]] = {}
+    for worker in observed:
+        by_index.setdefault(worker.id.index, []).append(worker)
+    staying = 0
+    for index in sorted(by_index, reverse=True):
+        alive = [worker for worker in by_index[index] if not worker.is_leaving]
+        if index in pool.indices:
+            leaving = _replaced(pool, alive)
+        else:
+            leaving = {
+                worker: f"the pool wants {min(pool.replicas, pool.most)}" for worker in alive
+            }
+        actions += [Drain(worker.id, why) for worker, why in leaving.items()]
+        for worker in alive:
+            if worker in leaving:
+                continue
+            staying += 1
+            if worker.flips_to is not None and worker.state is WorkerState.READY:
+                why = f"it is to serve as {worker.flips_to}"
+                actions.append(Flip(worker.id, worker.flips_to, why))
+    actions += _starts(pool, by_index, slots, now_s)
+    actions += _replacement(pool, by_index, slots, now_s, actions)
+    return actions
+
+
+def _removals(
+    observed: list[Observed],
+    slots: Mapping[SlotKey, Slot],
+    health: HealthSpec,
+    now_s: float,
+) -> list[Action]:
+    newest: dict[SlotKey, WorkerId] = {}
+    for worker in sorted(observed, key=lambda worker: worker.id):
+        newest[worker.slot] = worker.id
     actions: list[Action] = []
-    newest = {worker.slot: worker.id for worker in sorted(observed, key=lambda w: w.id)}
     for worker in sorted(observed, key=lambda worker: worker.id, reverse=True):
         slot = slots.get(worker.slot, Slot(generation=worker.id.generation))
-        is_newest = newest[worker.slot] == worker.id
-        is_wanted = is_newest and worker.id.index < replicas
         if worker.has_failed:
             why = _why_failed(worker)
-            if is_newest:
+            if newest[worker.slot] == worker.id:
                 slot = after_failure(slot, worker.ready_for_s, health, now_s, why)
             actions.append(Remove(worker.id, why, slot))
         elif worker.has_stopped:
             actions.append(Remove(worker.id, "it has stopped", slot))
-        elif not is_wanted and worker.state is not WorkerState.DRAINING:
-            why = f"the pool wants {replicas}" if is_newest else "it was replaced"
-            actions.append(Drain(worker.id, why))
-    room = pool.most - len(observed)
-    for index in range(replicas):
-        key = (pool.name, index)
-        slot = slots.get(key, Slot())
+    return actions
+
+
+def _keeper(alive: Sequence[Observed]) -> Observed | None:
+    """Of a slot's workers, the one that is to stay: of those that need no replacement the newest,
+    else one that is ready."""
+    return max(
+        alive,
+        key=lambda w: (not w.outdated, bool(w.outdated) and w.state is WorkerState.READY, w.id),
+        default=None,
+    )
+
+
+def _replaced(pool: PoolWanted, alive: list[Observed]) -> dict[Observed, str]:
+    """Workers of one wanted slot that another has taken the place of, and why they go."""
+    keeper = _keeper(alive)
+    if keeper is None:
+        return {}
+    others = [worker for worker in sorted(alive, key=lambda w: w.id) if worker is not keeper]
+    if keeper.outdated:
+        return dict.fromkeys(others, "it was replaced")
+    leaving: dict[Observed, str] = {}
+    for worker in others:
+        if not worker.outdated:
+            leaving[worker] = "it was replaced"
+        elif worker.state is not WorkerState.READY:
+            leaving[worker] = worker.outdated  # it serves nobody
+        elif keeper.unplaced_for_s > NO_ROOM_AFTER_S and pool.may_retire:
+            leaving[worker] = f"{worker.outdated}; there is no room for another beside it"
+        elif keeper.is_proven and pool.may_retire:
+            leaving[worker] = worker.outdated
+    return leaving
+
+
+def _starts(
+    pool: PoolWanted,
+    by_index: Mapping[int, list[Observed]],
+    slots: Mapping[SlotKey, Slot],
+    now_s: float,
+) -> list[Action]:
+    """Workers for slots that are empty."""
+    room = pool.most - sum(map(len, by_index.values()))
+    actions: list[Action] = []
+    for index in sorted(pool.indices):
+        slot = slots.get((pool.name, index), Slot())
         if room <= 0:
             break
-        if key in newest or now_s < slot.not_before_s:
+        if index in by_index or now_s < slot.not_before_s:
             continue
         room -= 1
-        generation = slot.generation + 1
-        why = f"restart after: {slot.why}" if slot.failures else f"the pool wants {replicas}"
-        actions.append(
-            Start(WorkerId(pool.name, index, generation), why, replace(slot, generation=generation))
-        )
+        why = f"restart after: {slot.why}" if slot.failures else f"the pool wants {pool.replicas}"
+        actions.append(_start(pool.name, index, slot, why))
     return actions
+
+
+def _replacement(
+    pool: PoolWanted,
+    by_index: Mapping[int, list[Observed]],
+    slots: Mapping[SlotKey, Slot],
+    now_s: float,
+    others: Sequence[Action],
+) -> list[Action]:
+    """The next step for an outdated worker: at most one of a pool at a time, and none while
+    something else is under way in it."""
+    if any(isinstance(action, Start) for action in others):
+        return []
+    due: list[Observed] = []
+    for index in sorted(pool.indices & by_index.keys()):
+        if any(worker.is_leaving for worker in by_index[index]):
+            return []
+        keeper = _keeper(by_index[index])
+        assert keeper is not None
+        if keeper.outdated:
+            due.append(keeper)
+        elif keeper.state is not WorkerState.READY or len(by_index[index]) > 1:
+            return []  # it starts, or its predecessor is about to go
+    due = [w for w in due if now_s >= slots.get(w.slot, Slot()).not_before_s]
+    if not due:
+        return []
+    # What serves nobody goes first.
+    worker = min(due, key=lambda w: (w.state is WorkerState.READY, w.id))
+    if not pool.surge:
+        return [Drain(worker.id, worker.outdated)]
+    if sum(map(len, by_index.values())) > pool.most:
+        return []
+    slot = slots.get(worker.slot, Slot(generation=worker.id.generation))
+    return [_start(pool.name, worker.id.index, slot, f"instead of {worker.id}: {worker.outdated}")]
+
+
+def _start(pool: str, index: int, slot: Slot, why: str) -> Start:
+    generation = slot.generation + 1
+    return Start(WorkerId(pool, index, generation), why, replace(slot, generation=generation))
 
 
 def _why_failed(worker: Observed) -> str:

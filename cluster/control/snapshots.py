@@ -11,7 +11,8 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from cluster.control.state import DesiredState, LinkStatus
+from cluster.control.roles import extra_pairs
+from cluster.control.state import DesiredState, LinkStatus, model_revision_of
 from cluster.identity import Role
 from cluster.kv.fingerprint import differences
 from cluster.snapshot import Link, Load, Snapshot, WorkerView
@@ -71,18 +72,20 @@ def longest_tokens(desired: DesiredState) -> int:
 
 
 def links(desired: DesiredState, reports: Sequence[WorkerReport]) -> tuple[LinkStatus, ...]:
-    """Every link the topology allows, judged by the fingerprints known so far.
+    """Every link the topology allows, and those of workers that serve in another role than their
+    pool, judged by the fingerprints known so far.
 
     Before both sides have one, a link counts as open: workers without a fingerprint are not ready
     and get no work."""
-    by_pool: dict[str, list[WorkerReport]] = {}
+    by_end: dict[tuple[str, Role], list[WorkerReport]] = {}
     for report in reports:
         if report.fingerprint is not None:
-            by_pool.setdefault(report.id.pool, []).append(report)
-    return tuple(
-        _judge(_link(desired, prefill, decode), by_pool)
-        for prefill, decode in desired.serving.pairs()
+            by_end.setdefault((report.id.pool, report.role), []).append(report)
+    pairs = (
+        *desired.serving.pairs(),
+        *extra_pairs(desired, [(report.id, report.role) for report in reports]),
     )
+    return tuple(_judge(_link(desired, prefill, decode), by_end) for prefill, decode in pairs)
 
 
 def changed(before: Snapshot | None, now: Snapshot) -> Change:
@@ -109,6 +112,9 @@ def _view(desired: DesiredState, report: WorkerReport, relative_speed: float) ->
         kv=report.kv,
         load=report.load,
         relative_speed=relative_speed,
+        epoch=report.epoch,
+        lets_go=report.lets_go,
+        model_revision=model_revision_of(report.revision),
     )
 
 
@@ -130,11 +136,11 @@ def _link(desired: DesiredState, prefill: str, decode: str) -> Link:
     )
 
 
-def _judge(link: Link, by_pool: Mapping[str, Sequence[WorkerReport]]) -> LinkStatus:
+def _judge(link: Link, by_end: Mapping[tuple[str, Role], Sequence[WorkerReport]]) -> LinkStatus:
     mismatches: list[str] = []
     pairs = likes = 0
-    for prefill in by_pool.get(link.prefill_pool, ()):
-        for decode in by_pool.get(link.decode_pool, ()):
+    for prefill in by_end.get((link.prefill_pool, Role.PREFILL), ()):
+        for decode in by_end.get((link.decode_pool, Role.DECODE), ()):
             assert prefill.fingerprint is not None
             assert decode.fingerprint is not None
             pairs += 1

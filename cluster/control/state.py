@@ -7,6 +7,8 @@ ClusterStatus is made anew for whoever asks.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,9 +21,28 @@ from cluster.topology.schema import PoolSpec, ServingSpec, SimulatedSpec
 from cluster.workers.report import WorkerReport
 from cluster.workers.spec import WorkerSpec
 
+# Engines whose arguments say how the pools at the other end of their links are split.
+_TOLD_OF_PEERS = frozenset({"vllm_ascend"})
+# What a worker that is not wanted any more gets to finish what it has, if nobody says otherwise.
+DRAIN_GRACE_S = 300.0
+
+
+class Rollout(BaseModel):
+    """A change of what engines are told, under way. `before` is what it goes back to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    change: int  # id of the Change
+    pools: tuple[str, ...]  # whose workers are replaced
+    before: ServingSpec
+    surge: bool = True
+
 
 class DesiredState(BaseModel):
-    """What a cluster should serve, and what `up` found out about the model."""
+    """What a cluster should serve, and what `up` found out about the model.
+
+    `pools[].replicas.initial` is what is wanted now. `roles`: workers (POOL/INDEX) that serve in
+    another role than their pool. `drained_nodes`: Ray's ids of nodes that take no workers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,6 +53,36 @@ class DesiredState(BaseModel):
     max_model_len_tokens: int
     kv_bytes_per_token: int
     host: str = ""  # address that engines bind; "": each node's own Ray address
+    roles: dict[str, Role] = {}
+    drained_nodes: tuple[str, ...] = ()
+    grace_s: float = DRAIN_GRACE_S  # as whoever last made workers superfluous said
+    rollout: Rollout | None = None
+
+    def role_of(self, worker: WorkerId) -> Role:
+        """The role it is to serve in. Raises: KeyError: there is no such pool."""
+        return self.roles.get(worker.name) or self.serving.pool(worker.pool).role
+
+    def revision(self, name: str) -> str:
+        """Digest of what the engines of a pool are told, less what can be changed while they run,
+        and after an @ the revision of the model. Defaults are left out: a later version's further
+        keys make no new revision.
+
+        Raises: KeyError."""
+        pool, island = self.serving.pool(name), self.serving.island_of(name)
+        told = {
+            "pool": _told(pool),
+            "model": self.serving.model_of(name).model_dump(mode="json", exclude_defaults=True),
+            "connector": island.connector,
+            "lease_s": island.lease_s,
+            "hung_after_s": self.serving.health.hung_after_s,
+            "peers": [_shape(peer) for peer in self.serving.peers_of(name)]
+            if pool.engine in _TOLD_OF_PEERS
+            else [],
+            "files": self.model_digest,
+            "max_model_len_tokens": self.max_model_len_tokens,
+        }
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        return f"{digest}@{self.serving.model_of(name).revision or 'main'}"
 
     def pool(self, name: str) -> PoolSpec | None:
         return next((pool for pool in self.serving.pools if pool.name == name), None)
@@ -53,7 +104,7 @@ class DesiredState(BaseModel):
         return WorkerSpec(
             cluster=self.cluster,
             id=worker,
-            role=pool.role,
+            role=self.role_of(worker),
             model=model,
             model_path=path,
             model_digest=digest,
@@ -65,7 +116,24 @@ class DesiredState(BaseModel):
             engine_key=engine_key,
             host=self.host,
             peers=self.serving.peers_of(pool.name),
+            revision=self.revision(pool.name),
+            avoided_nodes=self.drained_nodes,
         )
+
+
+def model_revision_of(revision: str) -> str:
+    """The model's part of a revision; "": not known."""
+    return revision.partition("@")[2]
+
+
+def _told(pool: PoolSpec) -> object:
+    left_out = {"replicas", "relative_speed"}
+    return pool.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
+
+
+def _shape(pool: PoolSpec) -> object:
+    parts = {"name", "role", "parallel", "nodes_per_replica"}
+    return pool.model_dump(mode="json", exclude_defaults=True, include=parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """What the controller must not forget, in Ray's GCS key-value store: desired state, the engines'
-key, the control API's address and token, the generation of every slot, and how far snapshot
-versions have been given out.
+key, the control API's address and token, the generation of every slot, what was asked of the
+cluster, and how far snapshot versions have been given out.
 
 The store lives in the head's GCS process: it outlives every actor, and ends with the Ray cluster.
 Called by: control.controller, control.actor, and the launcher through control.actor.
@@ -73,6 +73,7 @@ class Store:
     _API_ACCESS = "api-access"
     _SLOTS = "slots"
     _VERSIONS = "versions-given-out"
+    _CHANGES = "changes"
 
     def __init__(self, entries: KeyValue) -> None:
         self._entries = entries
@@ -118,10 +119,17 @@ class Store:
     def put_versions_given_out(self, version: int) -> None:
         self._entries.put(self._VERSIONS, str(version).encode())
 
+    def changes(self) -> bytes:
+        """As history.History.saved gave it."""
+        return self._entries.get(self._CHANGES) or b""
+
+    def put_changes(self, saved: bytes) -> None:
+        self._entries.put(self._CHANGES, saved)
+
     def forget(self) -> None:
         """Delete all: the cluster is over, and its gateways are stopped."""
         for key in (
             *(self._DESIRED, self._ENGINE_KEY, self._API_ACCESS),
-            *(self._SLOTS, self._VERSIONS),
+            *(self._SLOTS, self._VERSIONS, self._CHANGES),
         ):
             self._entries.delete(key)

@@ -6,17 +6,42 @@ Called by: control.api, control.client.
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import TypeAdapter
 
+from cluster.control.autoscale.view import Scaling
+from cluster.control.changes import (
+    Apply,
+    Ask,
+    Change,
+    ChangeRole,
+    DrainNode,
+    DrainWorker,
+    Plan,
+    ReturnNode,
+    Scale,
+)
+from cluster.control.events import Told
+from cluster.control.live import Live
 from cluster.control.state import ClusterStatus
+from cluster.topology.schema import ServingSpec
 from cluster.transfers import TransferRecord
 
 NEXT_OFFSET_HEADER = "x-next-offset"
 GENERATION_HEADER = "x-worker-generation"
+ASKED_BY_HEADER = "x-pdcluster-asked-by"
+KEY_HEADER = "idempotency-key"
 MOST_LOG_BYTES = 1 << 22
+LONGEST_WAIT_S = 30.0  # of GET /v1/events
+
+# Types of a Problem that its reader tells apart.
+INVALID = "invalid_request"  # not as the document has it
+REFUSED = "refused"  # as it has it, but not to be done
+UNKNOWN_NAME = "unknown_name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +49,28 @@ class Transfers:
     """Answer of GET /v1/transfers."""
 
     transfers: tuple[TransferRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Answer of GET /v1/changes."""
+
+    changes: tuple[Change, ...]  # newest last
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Answer of GET /v1/events."""
+
+    events: tuple[Told, ...]  # newest last
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """Answer of GET /v1/live."""
+
+    live: Live
+    scaling: Scaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +90,12 @@ class Refusal:
 
 _STATUS = TypeAdapter(ClusterStatus)
 _TRANSFERS = TypeAdapter(Transfers)
+_CHANGE = TypeAdapter(Change)
+_CHANGES = TypeAdapter(Changes)
+_PLAN = TypeAdapter(Plan)
+_EVENTS = TypeAdapter(Events)
+_SCALING = TypeAdapter(Scaling)
+_LOOKED = TypeAdapter(Looked)
 _REFUSAL = TypeAdapter(Refusal)
 
 
@@ -62,6 +115,90 @@ def transfers_json(records: Sequence[TransferRecord]) -> bytes:
 def read_transfers(data: bytes) -> tuple[TransferRecord, ...]:
     """Raises: ValueError."""
     return _TRANSFERS.validate_json(data).transfers
+
+
+def change_json(change: Change) -> bytes:
+    return _CHANGE.dump_json(change)
+
+
+def read_change(data: bytes) -> Change:
+    """Raises: ValueError."""
+    return _CHANGE.validate_json(data)
+
+
+def changes_json(changes: Sequence[Change]) -> bytes:
+    return _CHANGES.dump_json(Changes(tuple(changes)))
+
+
+def read_changes(data: bytes) -> tuple[Change, ...]:
+    """Raises: ValueError."""
+    return _CHANGES.validate_json(data).changes
+
+
+def plan_json(plan: Plan) -> bytes:
+    return _PLAN.dump_json(plan)
+
+
+def read_plan(data: bytes) -> Plan:
+    """Raises: ValueError."""
+    return _PLAN.validate_json(data)
+
+
+def events_json(events: Sequence[Told]) -> bytes:
+    return _EVENTS.dump_json(Events(tuple(events)))
+
+
+def read_events(data: bytes) -> tuple[Told, ...]:
+    """Raises: ValueError."""
+    return _EVENTS.validate_json(data).events
+
+
+def scaling_json(scaling: Scaling) -> bytes:
+    return _SCALING.dump_json(scaling)
+
+
+def read_scaling(data: bytes) -> Scaling:
+    """Raises: ValueError."""
+    return _SCALING.validate_json(data)
+
+
+def looked_json(looked: Looked) -> bytes:
+    return _LOOKED.dump_json(looked)
+
+
+def read_looked(data: bytes) -> Looked:
+    """Raises: ValueError."""
+    return _LOOKED.validate_json(data)
+
+
+def posted(ask: Ask) -> tuple[str, dict[str, Any]]:
+    """The path and the body that ask for `ask`."""
+    body: dict[str, Any]
+    match ask:
+        case Scale():
+            at, body = f"pools/{ask.pool}/scale", {"replicas": ask.replicas}
+        case ChangeRole():
+            at = f"workers/{ask.worker}/role"
+            body = {"role": ask.role.value, "may_restart": ask.may_restart}
+        case DrainWorker():
+            at, body = f"workers/{ask.worker}/drain", {}
+        case DrainNode():
+            at, body = f"nodes/{_quoted(ask.node)}/drain", {}
+        case ReturnNode():
+            return f"/v1/nodes/{_quoted(ask.node)}/return", {}
+        case Apply():
+            at, body = "apply", {**serving_body(ask.serving), "surge": ask.surge}
+    return f"/v1/{at}", {**body, "grace_s": ask.grace_s}
+
+
+def serving_body(serving: ServingSpec) -> dict[str, Any]:
+    """What is stated of it: a key that the head does not know yet, or whose default is another
+    there, goes out only if somebody wrote it."""
+    return {"serving": serving.model_dump(mode="json", exclude_unset=True)}
+
+
+def _quoted(node: str) -> str:
+    return urllib.parse.quote(node, safe="")
 
 
 def refusal_json(message: str, kind: str) -> bytes:

@@ -89,12 +89,16 @@ class Launch:
 @dataclass(frozen=True, slots=True)
 class Probes:
     """How a running engine is asked how it is: paths on its HTTP port, and what its one-token
-    generation needs besides model and prompt."""
+    generation needs besides model and prompt.
+
+    `death`: the path that answers 5xx at once when the engine is dead behind a living HTTP server,
+    and only then. "": it has none, as where a loaded engine may answer 503 too."""
 
     health: str = "/health"
     metrics: str = "/metrics"
     version: str = "/version"  # "": the engine does not tell
     one_token: Mapping[str, Any] = field(default_factory=dict)
+    death: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,7 @@ class MetricNames:
     external_tokens: str = ""
     steps: str = ""
     block_size: str = ""  # gauge with the tokens of a KV block, where no info series has them
+    spec_accepted_per_position: str = ""  # counter with a label `position`, from 0
 
 
 class EngineAdapter(Protocol):
@@ -135,6 +140,12 @@ class EngineAdapter(Protocol):
     def kv_address(self, context: LaunchContext) -> Mapping[str, str | int]:
         """What `WorkerView.kv` must carry for the island's connector. Pure part only: what must
         be asked of the running engine (Mooncake's engine id) is the dialect's work."""
+        ...
+
+    def why_fixed_role(self, pool: PoolSpec, island: IslandSpec) -> str:
+        """ "" if one running engine of this pool can serve as prefill and as decode: then `launch`
+        gives the same command and environment for both. Else a sentence that says why a change of
+        role takes a new start, or cannot be."""
         ...
 
     def connector_version(self, context: LaunchContext) -> str:

@@ -32,6 +32,8 @@ class EngineSample:
     steps: int
     block_size_tokens: int
     cache_dtype: str
+    kv_usage_sum: float = 0.0  # over all ranks: moves whenever one of them takes or frees a block
+    spec_accepted_per_position: tuple[int, ...] = ()  # of each draft's first token, its second, ...
 
 
 class EngineClient:
@@ -56,6 +58,19 @@ class EngineClient:
                 return answer.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
+
+    async def check_alive(self) -> None:
+        """Raises: EngineFailed: the engine says itself that it is dead, which its HTTP server may
+        outlive by a while. One that does not answer says nothing."""
+        path = self._probes.death
+        if not path:
+            return
+        try:
+            async with self._session.get(f"{self._url}{path}") as answer:
+                if answer.status >= 500:
+                    raise EngineFailed(self._url, answer.status, f"its {path} says it is dead")
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return
 
     async def generate_one(self, model: str) -> None:
         """One real token out of the model. Raises: EngineFailed."""
@@ -136,12 +151,19 @@ def parse_sample(text: str, names: MetricNames) -> EngineSample:
     def largest(name: str) -> int:
         return int(max((sample.value for sample in found[name]), default=0.0))
 
+    def by_position(name: str) -> tuple[int, ...]:
+        counts: dict[int, float] = defaultdict(float)
+        for sample in found[name]:
+            counts[int(sample.labels["position"])] += sample.value
+        return tuple(int(counts[position]) for position in range(max(counts, default=-1) + 1))
+
+    kv_usages = [sample.value for sample in found[names.kv_usage]]
     cache = found[names.cache_info]
     labels = cache[0].labels if cache else {}
     return EngineSample(
         running=total(names.running),
         waiting=total(names.waiting),
-        kv_usage=max((sample.value for sample in found[names.kv_usage]), default=0.0),
+        kv_usage=max(kv_usages, default=0.0),
         prompt_tokens=total(names.prompt_tokens),
         generation_tokens=total(names.generation_tokens),
         external_tokens=total(names.external_tokens),
@@ -150,4 +172,6 @@ def parse_sample(text: str, names: MetricNames) -> EngineSample:
         steps=total(names.steps),
         block_size_tokens=int(labels.get("block_size") or 0) or largest(names.block_size),
         cache_dtype=labels.get("cache_dtype", ""),
+        kv_usage_sum=sum(kv_usages),
+        spec_accepted_per_position=by_position(names.spec_accepted_per_position),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.engines.base import LaunchContext
 from cluster.errors import InvalidInput
+from cluster.identity import Role
 from cluster.topology.schema import PoolSpec
 
 Flags = dict[str, Any]
@@ -79,6 +80,13 @@ def ranks_per_node(pool: PoolSpec) -> int:
             "ranks; write sizes in `parallel` whose product is a multiple of it"
         )
     return local
+
+
+def why_fixed_role(pool: PoolSpec, reason: str) -> str:
+    """EngineAdapter.why_fixed_role, where `reason` ("": none) ties an engine to its role."""
+    if pool.role is Role.MIXED:
+        return f"pool {pool.name} is mixed: its engines prefill and decode alike"
+    return reason
 
 
 def head_port(context: LaunchContext, name: str) -> int:

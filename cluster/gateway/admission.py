@@ -24,6 +24,7 @@ class Admission:
         self._limits = limits
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._running = 0
+        self._refused = 0
         self._mean_s = 1.0
 
     @property
@@ -33,6 +34,11 @@ class Admission:
     @property
     def queued(self) -> int:
         return len(self._waiting)
+
+    @property
+    def refused(self) -> int:
+        """Requests that found no room, since the beginning."""
+        return self._refused
 
     def place(self) -> Place:
         return Place(self)
@@ -47,6 +53,7 @@ class Admission:
             self._running += 1
             return
         if self.queued >= self._limits.max_queued_requests:
+            self._refused += 1
             raise errors.overloaded(
                 f"{self._running} requests are being served and {self.queued} are waiting; "
                 "this endpoint takes no more now.",
@@ -66,6 +73,7 @@ class Admission:
             else:
                 return  # the place came in the very turn in which the time ran out: take it
             if isinstance(error, TimeoutError):
+                self._refused += 1
                 raise errors.overloaded(
                     f"The request waited {self._limits.queue_timeout_s:g} s for its turn.",
                     self.retry_after_s(),

@@ -15,10 +15,11 @@ import orjson
 
 from cluster.errors import EngineFailed
 from cluster.gateway.course import RECOMPUTED, Course
-from cluster.gateway.engines import Engines, excerpt, first_piece, next_piece, read
+from cluster.gateway.engines import Engines, first_piece, next_piece, read, server_error
 from cluster.gateway.errors import Headers
 from cluster.gateway.requests import GatewayRequest
 from cluster.gateway.splice import Diverged
+from cluster.gateway.tally import PairCounts
 from cluster.gateway.tape import Decode
 from cluster.gateway.upstream import UpstreamResponse
 from cluster.gateway.wire import Responder
@@ -54,6 +55,7 @@ class Answer:
         self.decode = decode
         self._response: UpstreamResponse | None = None
         self._piece = b""
+        self._first_at: float | None = None  # of the whole answer, whichever engine began it
 
     async def begin(self, worker: WorkerView, body: Mapping[str, Any], request_id: str) -> None:
         """Call `worker`; return when a stream's first piece, or the whole answer, has come.
@@ -65,8 +67,8 @@ class Answer:
         is_stream = self._request.is_stream
         self._piece = await (first_piece if is_stream else read)(worker, response)
 
-    async def pass_on(self, course: Course) -> None:
-        """Give the client what has begun, to its end.
+    async def pass_on(self, course: Course, counts: PairCounts) -> None:
+        """Give the client what has begun, to its end. `counts`: of the pair that answers.
 
         Raises: EngineFailed: the engine broke it off; HandedBack. Further text of the same answer
         may come from another engine then, as `course` says."""
@@ -75,24 +77,34 @@ class Answer:
         content_type = response.headers.get(b"content-type", b"application/json")
         headers = [(b"content-type", content_type)]
         if self._request.is_stream:
-            await self._stream(response, headers, course)
+            await self._stream(response, headers, course, counts)
             return
         answer = course.whole(self._piece, self.decode)
         if answer is None:
             raise self._handed_back()
         await self._out.whole(200, answer, headers)
 
+    def break_off(self, why: str) -> None:
+        """End a stream as if the engine had broken it; `pass_on` raises then, unless all of it has
+        come."""
+        if self._response is not None:
+            self._response.break_off(why)
+
     def close(self) -> None:
         """Close the call if it is not over, so that the engine stops. May be called twice."""
         if self._response is not None:
             self._response.close()
 
-    async def _stream(self, response: UpstreamResponse, headers: Headers, course: Course) -> None:
+    async def _stream(
+        self, response: UpstreamResponse, headers: Headers, course: Course, counts: PairCounts
+    ) -> None:
         clock = asyncio.get_running_loop().time
         course.start(self._worker)
         first_at = clock()
         if not self._out.is_started:
+            self._first_at = first_at
             self._metrics.ttft_s.observe(first_at - self._began_at)
+            counts.ttft_s.add(first_at - self._began_at)
             await self._out.begin_events(200, headers)
         piece, rest = self._piece, b""
         gaps = 0
@@ -105,6 +117,9 @@ class Answer:
             gaps += 1
         if gaps > 1:
             self._metrics.itl_s.observe((clock() - first_at) / gaps)
+        tokens = course.answer_tokens
+        if tokens > 1 and self._first_at is not None:
+            counts.tpot_s.add((clock() - self._first_at) / (tokens - 1))
         await self._out.end(rest)
 
     async def _take(self, piece: bytes, course: Course) -> None:
@@ -126,7 +141,7 @@ class Answer:
         if is_handed_back:
             raise self._handed_back()
         if is_error:
-            raise EngineFailed(self._worker.id.name, None, excerpt(_ERROR_EVENT + told))
+            raise server_error(self._worker, None, _ERROR_EVENT + told)
 
     def _handed_back(self) -> HandedBack:
         return HandedBack(self._worker.id.name, None, "it gave the request back to be recomputed")

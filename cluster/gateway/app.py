@@ -8,8 +8,11 @@ Ray Serve runs it (`hosting`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
+import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
@@ -23,13 +26,19 @@ from cluster.gateway.auth import Authenticator
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.cutoff import Cutoff, DeadlinePassed
 from cluster.gateway.engines import Engines
-from cluster.gateway.exchange import Exchange, Parts
+from cluster.gateway.errors import ApiError
+from cluster.gateway.exchange import Exchange
 from cluster.gateway.fleet import Fleet
 from cluster.gateway.metaserver import Metaserver
+from cluster.gateway.parts import Parts
+from cluster.gateway.quarantine import Quarantine
 from cluster.gateway.render import Renderer
+from cluster.gateway.reports import NoSink, ReportSink, keep_reporting
 from cluster.gateway.requests import Endpoint
 from cluster.gateway.route import can_route
 from cluster.gateway.source import SnapshotSource
+from cluster.gateway.story import Story
+from cluster.gateway.tally import Tally
 from cluster.gateway.upstream import Upstream
 from cluster.gateway.wire import ClientGone, Receive, RequestIds, Responder, Scope, Send
 from cluster.kv.coordinator import Coordinator, Releaser
@@ -37,12 +46,15 @@ from cluster.kv.events import KvEvents
 from cluster.kv.index import BlockIndex
 from cluster.observe.gateway_metrics import CONTENT_TYPE, GatewayMetrics
 from cluster.observe.kv_metrics import KvMetrics
+from cluster.traffic import GatewayReport
 
 log = logging.getLogger(__name__)
 
 _JSON: errors.Headers = [(b"content-type", b"application/json")]
 _CLIENT_GONE = 499
 _RENDER_CHECK_EVERY_S = 1.0
+# Without a controller for so long: to be there and say so is better than not to be there.
+_FIRST_SNAPSHOT_WITHIN_S = 20.0
 
 Handler = Callable[["Call"], Awaitable[None]]
 
@@ -55,6 +67,7 @@ class Call:
     headers: Mapping[bytes, bytes]
     receive: Receive
     responder: Responder
+    story: Story
 
 
 def create_app(
@@ -62,22 +75,34 @@ def create_app(
     source: SnapshotSource,
     releaser: Releaser,
     node_address: str = "127.0.0.1",
+    sink: ReportSink | None = None,
+    replica: str = "",
 ) -> Gateway:
     """An ASGI 3 callable with lifespan. Nothing runs before its lifespan starts.
 
     `node_address`: where engines reach this node, for connectors whose decode engine calls back.
+    `sink`: who hears of its traffic; None: nobody. `replica`: its id for its life, the same that
+    `source` tells; "": one is made up.
     """
-    return Gateway(config, source, releaser, node_address)
+    tally = Tally(replica or uuid.uuid4().hex, time.time)
+    return Gateway(config, source, releaser, node_address, sink or NoSink(), tally)
 
 
 class Gateway:
     """See `create_app`."""
 
     def __init__(
-        self, config: GatewayConfig, source: SnapshotSource, releaser: Releaser, node_address: str
+        self,
+        config: GatewayConfig,
+        source: SnapshotSource,
+        releaser: Releaser,
+        node_address: str,
+        sink: ReportSink,
+        tally: Tally,
     ) -> None:
         self._config = config
         self._source = source
+        self._sink = sink
         self._metrics = GatewayMetrics()
         self._upstream = Upstream(f"Bearer {config.engine_key}" if config.engine_key else "")
         self._index = BlockIndex()
@@ -98,7 +123,9 @@ class Gateway:
             engines=engines,
             coordinator=Coordinator(releaser, KvMetrics(self._metrics.registry), monotonic),
             metaserver=Metaserver(node_address),
+            quarantine=Quarantine(),
             metrics=self._metrics,
+            tally=tally,
         )
         self._ids = RequestIds()
         self._authenticator = Authenticator(config.key_hashes)
@@ -135,27 +162,41 @@ class Gateway:
         path: str = scope["path"]
         headers = dict(scope["headers"])
         responder = Responder(send, self._ids.for_client(headers))
+        story = Story(responder.request_id)
         status = 0
         try:
-            await self._handler(path, scope["method"])(Call(path, headers, receive, responder))
+            call = Call(path, headers, receive, responder, story)
+            await self._handler(path, scope["method"])(call)
         except (ClientGone, asyncio.CancelledError) as left:
             status = _CLIENT_GONE
             if isinstance(left, asyncio.CancelledError):
                 raise
         except errors.Rejected as rejected:
-            await responder.rejected(rejected)
+            if responder.is_started:  # an engine does not want to go on with another's answer
+                await self._fail(errors.engine_failed(str(rejected)), responder, story)
+            else:
+                await responder.rejected(rejected)
         except DeadlinePassed:
-            await responder.error(errors.deadline_passed(self._config.limits.request_deadline_s))
+            passed = errors.deadline_passed(self._config.limits.request_deadline_s)
+            await self._fail(passed, responder, story)
         except ClusterError as error:
-            await responder.error(errors.from_cluster(error))
+            await self._fail(errors.from_cluster(error), responder, story)
         except Exception:
-            log.exception("request failed path=%.200r", path)
-            await responder.error(errors.internal())
+            log.exception("request %s failed path=%.200r", story.request_id, path)
+            await self._fail(errors.internal(), responder, story)
         finally:
+            took_s = monotonic() - began_s
             endpoint = path if path in self._routes else "other"
             self._metrics.answered(endpoint, status or responder.status)
             if path in (Endpoint.CHAT, Endpoint.COMPLETIONS):
-                self._metrics.e2e_s.observe(monotonic() - began_s)
+                self._metrics.e2e_s.observe(took_s)
+            line = story.line(path, status or responder.status, took_s)
+            if line is not None:
+                log.log(*line)
+
+    async def _fail(self, error: ApiError, responder: Responder, story: Story) -> None:
+        story.failed(error)
+        await responder.error(error)
 
     def _handler(self, path: str, method: str) -> Handler:
         methods = self._routes.get(path)
@@ -180,10 +221,17 @@ class Gateway:
         async with Cutoff(deadline_at) as cutoff:
             raw = await wire.read_body(call.headers, call.receive, self._config.max_body_bytes)
             request = requests.parse(endpoint, raw, self._config.model)
+            began_at = asyncio.get_running_loop().time()
             cutoff.watch_client(call.receive)
             async with self._admission.place():
                 await Exchange(
-                    self._parts, request, call.responder, self._engine_id(call), deadline_at
+                    self._parts,
+                    request,
+                    call.responder,
+                    call.story,
+                    self._engine_id(call),
+                    began_at,
+                    deadline_at,
                 ).run()
 
     async def _ask_engine(self, call: Call) -> None:
@@ -194,10 +242,7 @@ class Gateway:
             requests.check_model(requests.load_json(raw), self._config.model)
             cutoff.watch_client(call.receive)
             async with self._admission.place():
-                worker = self._fleet.any_decoder()
-                answer = await self._parts.engines.ask(
-                    worker, call.path, raw, self._engine_id(call)
-                )
+                answer = await self._parts.engines.ask_any(call.path, raw, self._engine_id(call))
                 await call.responder.whole(200, answer, _JSON)
 
     def _authenticate(self, call: Call) -> None:
@@ -253,7 +298,9 @@ class Gateway:
         tasks = [
             asyncio.create_task(self._follow_snapshots(kv_events), name="follow snapshots"),
             asyncio.create_task(self._check_renderer(), name="check renderer"),
+            asyncio.create_task(keep_reporting(self._sink, self._report), name="report"),
         ]
+        await self._first_snapshot()
         await send({"type": "lifespan.startup.complete"})
         await receive()  # shutdown: the server has waited for requests in flight
         for task in tasks:
@@ -265,6 +312,13 @@ class Gateway:
         await self._upstream.close()
         await send({"type": "lifespan.shutdown.complete"})
 
+    async def _first_snapshot(self) -> None:
+        """A replica that knows no worker would refuse what its neighbours can serve."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_SNAPSHOT_WITHIN_S):
+                while not self._fleet.snapshot.version:
+                    await self._fleet.changed()
+
     async def _follow_snapshots(self, kv_events: KvEvents) -> None:
         while True:
             snapshot = await self._source.next(self._fleet.snapshot.version)
@@ -273,6 +327,12 @@ class Gateway:
             self._parts.coordinator.observe(snapshot)
             kv_events.observe(snapshot)
             log.debug("snapshot %d taken workers=%d", snapshot.version, len(snapshot.workers))
+
+    def _report(self) -> GatewayReport:
+        gate = self._admission
+        return self._parts.tally.report(
+            self._fleet.snapshot.version, gate.running, gate.queued, gate.refused
+        )
 
     async def _check_renderer(self) -> None:
         """Ask an engine as soon as there is one."""

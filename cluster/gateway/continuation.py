@@ -49,7 +49,11 @@ def remaining(body: dict[str, Any], sent_tokens: int) -> dict[str, Any]:
     less = {
         key: max(0, body[key] - sent_tokens) for key in _LIMITS if isinstance(body.get(key), int)
     }
-    return {**body, **less}
+    rest = {**body, **less}
+    if "max_completion_tokens" in less:
+        # Nobody heeds the older name beside it, but as a 0 it is refused.
+        rest.pop("max_tokens", None)
+    return rest
 
 
 def is_spent(request: GatewayRequest, sent_tokens: int) -> bool:

@@ -24,6 +24,7 @@ from cluster.gateway.tape import Decode, Sent, Tape, settle, strip_ids
 from cluster.snapshot import WorkerView
 
 RECOMPUTED = b'"stop_reason":"recomputed"'
+_COMPLETION_TOKENS = b'"completion_tokens":'
 _DONE = b"data: [DONE]\n\n"
 _IDS = b'"token_ids":['
 _USAGE_EVENT = b'"choices":[]'
@@ -55,6 +56,8 @@ class Course:
         self._sent: Sent | None = None
         self._parts: list[dict[str, Any]] = []
         self._last = b""
+        self._counts_events = False
+        self._untold_tokens = 0  # of answers whose ids are not told: as far as can be seen
         self.ending: bytes | None = None  # what is missing of an answer that is all said
 
     def _choose(self) -> Way:
@@ -70,6 +73,13 @@ class Course:
     @property
     def kept_tokens(self) -> int:
         return len(self._sent.kept_ids) if self._sent is not None else 0
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many the answer has so far, over all engines. Where an engine does not tell ids, a
+        stream's events stand for tokens; 0: not known."""
+        told = self._tape.tokens if self._tape is not None else 0
+        return told or self._untold_tokens
 
     def prompt_ids(self) -> list[int] | None:
         """What the next engine's prompt is; None: it makes the ids itself."""
@@ -102,6 +112,7 @@ class Course:
             self._join = Replay(self._tape, worker.id.name)
         elif self._sent is not None and self._prompt_ids is not None:
             self._join = Splice(self._sent, len(self._prompt_ids), worker.id.name)
+        self._counts_events = self._tape is None or not self._tells(worker)
 
     def take(self, piece: bytes) -> bytes:
         """What the client gets of a piece of whole events.
@@ -113,7 +124,15 @@ class Course:
             piece = self._tape.take(piece)
         if piece:
             self._last = piece
+            if self._counts_events:
+                self._untold_tokens += piece.count(b"\n\n")
         return piece
+
+    def may_leave(self, decode: Decode) -> bool:
+        """Whether another engine could go on now with what was begun to be sent."""
+        if self._tape is None:
+            return False
+        return isinstance(self._tape, Script) or self._tape.sent(decode) is not None
 
     def interrupted(self, decode: Decode) -> str:
         """The stream broke: prepare for the next engine, or for `ending`. "" or why it cannot go
@@ -149,6 +168,7 @@ class Course:
     def whole(self, answer: bytes, decode: Decode) -> bytes | None:
         """What the client gets of a whole answer; None: it was handed back, go on elsewhere."""
         is_handed_back = RECOMPUTED in answer
+        self._untold_tokens += _number_after(_COMPLETION_TOKENS, answer)
         if not is_handed_back and not self._parts:
             is_told = not self._keeps_ids and _IDS in answer
             return strip_ids(answer)[0] if is_told else answer
@@ -164,6 +184,13 @@ class Course:
             before = self._sent.kept_ids if self._sent is not None else ()
             self._sent = Sent((*before, *kept))
         return None
+
+
+def _number_after(key: bytes, answer: bytes) -> int:
+    """The number that follows the last `key`; 0: there is none. Not worth parsing all of it."""
+    rest = answer[answer.rfind(key) + len(key) :][:24].lstrip() if key in answer else b""
+    digits = rest[: len(rest) - len(rest.lstrip(b"0123456789"))]
+    return int(digits or 0)
 
 
 def _cut(part: dict[str, Any], decode: Decode) -> tuple[int, ...] | None:

@@ -1,7 +1,8 @@
 """What the gateway asks of engines, over their own HTTP ports.
 
-Translates at the edge: a broken connection or a server error becomes `EngineFailed`, what the
-engine holds against the client's request becomes `Rejected`.
+Translates at the edge: a broken connection or a server error becomes `EngineFailed` (and which kind
+of it, `EngineLost` or `EngineNotReached`), what the engine holds against the client's request
+becomes `Rejected`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from typing import Any
 
 import orjson
 
-from cluster.errors import EngineFailed
+from cluster.errors import EngineFailed, NoCapacity
 from cluster.gateway import bodies
-from cluster.gateway.errors import Rejected
+from cluster.gateway.errors import EngineLost, EngineNotReached, Rejected, is_mark
 from cluster.gateway.fleet import Fleet
 from cluster.gateway.render import CannotRender
 from cluster.gateway.requests import Endpoint
-from cluster.gateway.upstream import Upstream, UpstreamLost, UpstreamResponse
+from cluster.gateway.upstream import NotReached, Upstream, UpstreamLost, UpstreamResponse
 from cluster.snapshot import WorkerView
 
 # These say something about the engine or about us, not about the client's request.
@@ -25,7 +26,10 @@ _NOT_THE_CLIENTS_FAULT = frozenset({401, 403, 407, 408, 429})
 # vLLM answers 403 where an endpoint is switched off.
 _NO_SUCH_ENDPOINT = frozenset({403, 404, 405, 501})
 _EXCERPT_CHARACTERS = 300
+_RETRY_AFTER_S = 2.0
 _ERROR_EVENT = b'data: {"error"'
+# vLLM's server outlives its engine process for a moment, and tells all requests so.
+_DEATH_NOTE = "EngineCore encountered an issue"
 
 
 class Engines:
@@ -71,8 +75,10 @@ class Engines:
         """Begin a request; the caller closes the response. Raises: EngineFailed, Rejected."""
         try:
             response = await self._upstream.request("POST", worker.url, path, body, request_id)
+        except NotReached as error:
+            raise EngineNotReached(worker.id.name, None, str(error)) from error
         except UpstreamLost as error:
-            raise EngineFailed(worker.id.name, None, str(error)) from error
+            raise EngineLost(worker.id.name, None, str(error)) from error
         if response.status == 200:
             return response
         async with response:
@@ -83,6 +89,17 @@ class Engines:
         async with await self.open(worker, path, body, request_id) as response:
             return await read(worker, response)
 
+    async def ask_any(self, path: str, body: bytes, request_id: str) -> bytes:
+        """The whole answer of whichever engine is least busy. If it fails, another is asked.
+
+        Raises: EngineFailed, NoCapacity, Rejected."""
+        worker = self._fleet.any_decoder()
+        try:
+            return await self.ask(worker, path, body, request_id)
+        except EngineFailed as error:
+            other = self._other(worker, error)
+        return await self.ask(other, path, body, request_id)
+
     async def render(self, endpoint: Endpoint, body: dict[str, Any]) -> list[list[int]]:
         """Token ids per prompt, as an engine would make them. If one fails, another is asked.
 
@@ -91,12 +108,20 @@ class Engines:
         worker = self._fleet.any_decoder()
         try:
             return await self._render(worker, endpoint, body)
-        except EngineFailed:
-            self._fleet.suspect(worker.id)
-            other = self._fleet.any_decoder()
-            if other.id == worker.id:
-                raise
-            return await self._render(other, endpoint, body)
+        except EngineFailed as error:
+            other = self._other(worker, error)
+        return await self._render(other, endpoint, body)
+
+    def _other(self, failed: WorkerView, error: EngineFailed) -> WorkerView:
+        """Raises, if there is no other: NoCapacity where the engine is not there, else `error`."""
+        if is_mark(error):
+            self._fleet.suspect(failed.id)
+        other = self._fleet.any_decoder()
+        if other.id == failed.id:
+            if isinstance(error, EngineLost | EngineNotReached):
+                raise NoCapacity(f"{error}; there is no other", _RETRY_AFTER_S) from error
+            raise error
+        return other
 
     async def _render(
         self, worker: WorkerView, endpoint: Endpoint, body: dict[str, Any]
@@ -120,7 +145,7 @@ async def read(worker: WorkerView, response: UpstreamResponse) -> bytes:
     try:
         return await response.read()
     except UpstreamLost as error:
-        raise EngineFailed(worker.id.name, None, str(error)) from error
+        raise EngineLost(worker.id.name, None, str(error)) from error
 
 
 async def first_piece(worker: WorkerView, response: UpstreamResponse) -> bytes:
@@ -140,7 +165,7 @@ async def next_piece(worker: WorkerView, response: UpstreamResponse) -> bytes:
     try:
         return await response.next_piece()
     except UpstreamLost as error:
-        raise EngineFailed(worker.id.name, None, str(error)) from error
+        raise EngineLost(worker.id.name, None, str(error)) from error
 
 
 def early_error(worker: WorkerView, piece: bytes) -> EngineFailed | Rejected:
@@ -153,7 +178,7 @@ def early_error(worker: WorkerView, piece: bytes) -> EngineFailed | Rejected:
         status = 500
     if 400 <= status < 500:
         return Rejected(status, event, b"application/json")
-    return EngineFailed(worker.id.name, status, excerpt(event))
+    return server_error(worker, status, event)
 
 
 async def _failure(worker: WorkerView, response: UpstreamResponse) -> EngineFailed | Rejected:
@@ -162,7 +187,13 @@ async def _failure(worker: WorkerView, response: UpstreamResponse) -> EngineFail
     if (400 <= status < 500 and status not in _NOT_THE_CLIENTS_FAULT) or status == 501:
         content_type = response.headers.get(b"content-type", b"application/json")
         return Rejected(status, body, content_type)
-    return EngineFailed(worker.id.name, status, excerpt(body))
+    return server_error(worker, status, body)
+
+
+def server_error(worker: WorkerView, status: int | None, body: bytes) -> EngineFailed:
+    """What an engine says of itself. `status` None: in the middle of a stream."""
+    why = excerpt(body)
+    return (EngineLost if _DEATH_NOTE in why else EngineFailed)(worker.id.name, status, why)
 
 
 def excerpt(body: bytes) -> str:

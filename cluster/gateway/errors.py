@@ -78,7 +78,27 @@ class Rejected(ClusterError):
         self.content_type = content_type
 
     def __str__(self) -> str:
-        return f"the engine answered {self.status}"
+        return f"the engine answered {self.status}: {self.body[:300].decode(errors='replace')}"
+
+
+class EngineLost(EngineFailed):
+    """The engine went away while it worked on a request: the connection broke, or it said that it
+    is dying."""
+
+
+class EngineLeft(EngineFailed):
+    """The gateway itself broke off, because the controller says that the worker ends, hangs or is
+    gone."""
+
+
+class EngineNotReached(EngineFailed):
+    """The engine took no connection: it knows nothing of the request."""
+
+
+def is_mark(error: EngineFailed) -> bool:
+    """Whether it says something about the worker. A 4xx never does, not even of the kind that
+    another worker may not give."""
+    return error.status is None or not 400 <= error.status < 500
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -170,6 +190,17 @@ def deadline_passed(deadline_s: float) -> ApiError:
 
 def engine_failed(why: str) -> ApiError:
     return ApiError(502, why, type="server_error", code="engine_failed")
+
+
+def request_kills_engines(workers: Iterable[str]) -> ApiError:
+    # Not a 5xx: clients send those again by themselves, and would take down two more.
+    return ApiError(
+        422,
+        f"Engines went down while they worked on this request, before they had answered anything: "
+        f"{', '.join(workers)}. It was given to no other. If the request is not the cause, send it "
+        "again.",
+        code="request_kills_engines",
+    )
 
 
 def internal() -> ApiError:

@@ -1,7 +1,8 @@
 """What one gateway replica knows of the workers right now.
 
-The newest snapshot, prepared for routing; the requests this replica has sent since; the workers
-that failed it a moment ago; and, where engines publish KV events, which blocks each worker holds.
+The newest snapshot, prepared for routing; the requests this replica has sent since, and those at
+work, to be told when their worker lets go of them; the workers that failed it a moment ago; and,
+where engines publish KV events, which blocks each worker holds.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from cluster.errors import NoCapacity
+from cluster.gateway.leaving import Why, leavings, to_drop
 from cluster.gateway.route import Conditions, Facts, Route, Table, choose, compile_table
-from cluster.identity import ENDED, WorkerId
+from cluster.identity import WorkerId
 from cluster.kv.fingerprint import differences
 from cluster.snapshot import Snapshot, WorkerView
 
@@ -24,6 +27,14 @@ class HeldBlocks(Protocol):
     """How much of a prompt's beginning each worker holds; kv.index.BlockIndex is one."""
 
     def held_by_all(self, prompt_token_ids: Sequence[int]) -> Mapping[WorkerId, int]: ...
+
+
+class AtWork(Protocol):
+    """A request that a worker has in hand."""
+
+    def let_go(self, worker: WorkerId, why: Why) -> None:
+        """Go on elsewhere, now. Must not raise; may be told more than once."""
+        ...
 
 
 class Fleet:
@@ -47,6 +58,7 @@ class Fleet:
         self._in_flight: Counter[WorkerId] = Counter()
         self._in_flight_then: Mapping[WorkerId, int] = {}
         self._suspect_until_s: dict[WorkerId, float] = {}
+        self._at_work: dict[WorkerId, set[AtWork]] = {}
 
     @property
     def table(self) -> Table:
@@ -60,17 +72,10 @@ class Fleet:
         return self._in_flight[worker]
 
     def update(self, snapshot: Snapshot) -> list[str]:
-        """Take over a newer snapshot; returns the addresses of engines that are gone for good.
-
-        Gone is only what the snapshot says has ended or was replaced: a worker that is merely
-        missing may be one that a restarted controller has not found again yet.
-        """
-        newest = {(view.id.pool, view.id.index): view for view in snapshot.workers}
-        gone = []
-        for old in self.snapshot.workers:
-            new = newest.get((old.id.pool, old.id.index))
-            if new is not None and (new.id.generation > old.id.generation or new.state in ENDED):
-                gone.append(old.url)
+        """Take over a newer snapshot, and tell the requests whose workers let go of them. Returns
+        the addresses of engines whose connections are to be broken: they are gone, or hang."""
+        left = leavings(self.snapshot, snapshot)
+        drop = to_drop(left, snapshot)
         self._table = compile_table(snapshot, differences)
         self._in_flight_then = dict(self._in_flight)
         current = {view.id for view in snapshot.workers}
@@ -78,10 +83,14 @@ class Fleet:
             del self._suspect_until_s[worker]
         for worker in [known for known, count in self._in_flight.items() if count == 0]:
             del self._in_flight[worker]
+        for worker in [known for known, requests in self._at_work.items() if not requests]:
+            del self._at_work[worker]
         self._changed.set()
         self._changed = asyncio.Event()
-        still_used = {view.url for view in snapshot.workers if view.state not in ENDED}
-        return [url for url in gone if url not in still_used]
+        for leaving in left:
+            for request in tuple(self._at_work.get(leaving.worker, ())):
+                request.let_go(leaving.worker, leaving.why)
+        return drop
 
     async def changed(self) -> None:
         """Wait for the next snapshot."""
@@ -95,6 +104,17 @@ class Fleet:
         """Count one request of ours at `worker` for as long as the `with` block lasts."""
         return Busy(self._in_flight, worker)
 
+    def join(self, worker: WorkerId, request: AtWork) -> None:
+        """`request` is to be told when `worker` lets go of it, until it parts."""
+        requests = self._at_work.get(worker)
+        if requests is None:
+            requests = self._at_work[worker] = set()
+        requests.add(request)
+
+    def part(self, worker: WorkerId, request: AtWork) -> None:
+        """It has nothing at `worker` any more."""
+        self._at_work[worker].discard(request)
+
     def choose(
         self,
         facts: Facts,
@@ -102,15 +122,28 @@ class Fleet:
         excluded: frozenset[WorkerId] = frozenset(),
         failure: str = "",
         may_prefill_elsewhere: bool = True,
+        avoided: frozenset[WorkerId] = frozenset(),
     ) -> tuple[Route, int]:
         """The route, and how many prompt tokens its decode worker is known to hold.
 
-        `prompt_ids` empty: do not look for held blocks. Raises: NoCapacity.
+        `prompt_ids` empty: do not look for held blocks. `avoided`: only if nobody else will do.
+        Raises: NoCapacity.
         """
         held = self._held.held_by_all(prompt_ids) if prompt_ids else {}
         self._turn += 1
-        route = self._choose(self._turn, facts, held, excluded, failure, may_prefill_elsewhere)
+        route = self._choose(
+            self._turn, facts, held, excluded, failure, may_prefill_elsewhere, avoided
+        )
         return route, held.get(route.decode.id, 0)
+
+    def route_beside(
+        self, facts: Facts, worker: WorkerId, excluded: frozenset[WorkerId]
+    ) -> Route | None:
+        """Where a request might go if `worker` were not there; None: nowhere. Takes no turn."""
+        try:
+            return self._choose(self._turn, facts, excluded=excluded | {worker})
+        except NoCapacity:
+            return None
 
     def any_decoder(self) -> WorkerView:
         """A worker for side work (rendering, tokenising). Raises: NoCapacity."""
@@ -125,6 +158,7 @@ class Fleet:
         excluded: frozenset[WorkerId] = frozenset(),
         failure: str = "",
         may_prefill_elsewhere: bool = True,
+        avoided: frozenset[WorkerId] = frozenset(),
     ) -> Route:
         return choose(
             self._table,
@@ -133,7 +167,7 @@ class Fleet:
                 sent=self._sent(),
                 held_tokens=held or {},
                 excluded=excluded,
-                suspects=self._suspects(),
+                suspects=self._suspects() | avoided,
                 turn=turn,
                 local_prefill_below_tokens=self._local_prefill_below_tokens,
                 failure=failure,

@@ -18,6 +18,7 @@ import logging
 import os
 import pickle
 import socket
+import uuid
 from typing import Any, Literal
 
 import psutil
@@ -27,6 +28,7 @@ from cluster.errors import InvalidInput, StartFailed
 from cluster.gateway.app import Gateway, create_app
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.release import RayReleaser
+from cluster.gateway.reports import ControllerSink
 from cluster.gateway.source import ControllerSource
 from cluster.settings import gateway_actor, ray_namespace
 
@@ -273,12 +275,15 @@ def _serve_app(cluster: str) -> str:
 def _app(config: GatewayConfig) -> Gateway:
     import ray
 
+    replica = uuid.uuid4().hex
     return create_app(
         config,
-        ControllerSource(config.cluster),
+        ControllerSource(config.cluster, replica),
         RayReleaser(config.cluster),
         # As workers are reached: loopback where Ray was started on loopback.
         ray.util.get_node_ip_address(),
+        ControllerSink(config.cluster),
+        replica,
     )
 
 
@@ -294,7 +299,10 @@ def _listen(host: str, port: int, is_shared: bool) -> socket.socket:
         if is_shared:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
-        listener.listen(_BACKLOG)
+        # A shared one listens when its server begins to: the kernel gives a part of the connections
+        # to each that listens, and they would wait for a replica that is still starting.
+        if not is_shared:
+            listener.listen(_BACKLOG)
     except OSError:
         listener.close()
         raise

@@ -17,7 +17,7 @@ import orjson
 
 from cluster.errors import EngineFailed
 from cluster.gateway.splice import Diverged, drop_tokens
-from cluster.gateway.tape import strip_ids
+from cluster.gateway.tape import count_ids, strip_ids
 
 _DATA = b"data: "
 _DONE = b"data: [DONE]"
@@ -62,6 +62,11 @@ class Script:
     def ids(self) -> list[int]:
         """Every output token reported so far."""
         return [int(one) for chunk in self._chunks for one in chunk.split(b",")]
+
+    @property
+    def tokens(self) -> int:
+        """How many those are."""
+        return count_ids(self._chunks)
 
 
 class Replay:

@@ -1,11 +1,16 @@
 """Choose the workers of one request. Pure: snapshot and own load in, a pair out.
 
 `compile_table` does once per snapshot what does not depend on the request: it groups workers that
-are alike (same pool, same fingerprint) and keeps the pairs of groups between which KV blocks may
-move. `choose` then looks at each worker once: linear in workers, not in pairs.
+are alike (same pool, role, model revision and fingerprint) and keeps the pairs of groups between
+which KV blocks may move. `choose` then looks at each worker once: linear in workers, not in pairs.
 
 All islands are looked at alike. A pair is always of one link, so of one island; going to another
 island means to prefill again there, and is worth it as soon as that costs less.
+
+A pair is always of one model revision, and an answer stays with the one that began it. A worker is
+used as what the snapshot says it is. That may be out of date by a change of role, and still ends
+well: an engine whose role can change takes both kinds of calls at any time, and the controller
+waits, before it tells of the new role, for gateways to know that the old one is over.
 
 Cost is in requests at the fastest pool: what a worker has running and waiting, what this gateway
 has sent it since the snapshot, and the request itself, over the pool's relative speed; plus shares
@@ -56,6 +61,7 @@ class Group:
     role: Role
     island: str
     fingerprint: Fingerprint | None
+    revision: str
     workers: tuple[WorkerView, ...]
 
 
@@ -85,6 +91,7 @@ class Facts:
     prompt_tokens: int = 0  # 0: unknown, the engine will count
     answer_tokens: int = 0
     alone: str = ""  # why decode must prefill by itself; "" if it need not
+    revision: str | None = None  # of the model that began the answer; None: nothing was said yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +120,16 @@ class Route:
 
 def compile_table(snapshot: Snapshot, differences: Differences) -> Table:
     """Group the ready workers and pair the groups. `differences` is kv.fingerprint's."""
-    members: dict[tuple[str, Role, str, Fingerprint | None], list[WorkerView]] = {}
+    members: dict[tuple[str, Role, str, Fingerprint | None, str], list[WorkerView]] = {}
     for worker in snapshot.workers:
-        if worker.takes_work:
-            alike = (worker.id.pool, worker.role, worker.island, worker.fingerprint)
+        if worker.takes_work and not worker.lets_go:
+            alike = (
+                worker.id.pool,
+                worker.role,
+                worker.island,
+                worker.fingerprint,
+                worker.model_revision,
+            )
             members.setdefault(alike, []).append(worker)
     groups = tuple(Group(*alike, tuple(workers)) for alike, workers in members.items())
     receivers = tuple(i for i, group in enumerate(groups) if group.role is not Role.PREFILL)
@@ -163,6 +176,8 @@ def choose(table: Table, facts: Facts, conditions: Conditions) -> Route:
     stranded = ""
     for index in _in_turn(table.receivers, conditions.turn):
         group = table.groups[index]
+        if facts.revision is not None and group.revision != facts.revision:
+            continue
         decode = _best(table, index, facts, conditions, facts.answer_tokens)
         if decode is None:
             continue
@@ -198,7 +213,7 @@ def choose(table: Table, facts: Facts, conditions: Conditions) -> Route:
         if best is None or total < best[0]:
             best = (total, route)
     if best is None:
-        raise NoCapacity(stranded or _why_none(table, conditions), _RETRY_AFTER_S)
+        raise NoCapacity(stranded or _why_none(table, facts, conditions), _RETRY_AFTER_S)
     return best[1]
 
 
@@ -300,6 +315,9 @@ def _may_recompute(table: Table, pool: str) -> bool:
 
 
 def _mismatch(prefill: Group, decode: Group, differences: Differences) -> str:
+    if prefill.revision != decode.revision:
+        revisions = (prefill.revision, decode.revision)
+        return "model revision is {!r} on prefill and {!r} on decode".format(*revisions)
     if prefill.fingerprint is None or decode.fingerprint is None:
         return "the engines have not said yet what they are"
     return "; ".join(differences(prefill.fingerprint, decode.fingerprint))
@@ -307,7 +325,10 @@ def _mismatch(prefill: Group, decode: Group, differences: Differences) -> str:
 
 def _why_unfed(table: Table, index: int, facts: Facts, conditions: Conditions) -> str:
     pool = table.groups[index].pool
-    if any(text.split(":")[0].endswith(f" feed {pool}") for text in table.mismatches):
+    is_linked = index in table.feeds
+    if not is_linked and any(
+        text.split(":")[0].endswith(f" feed {pool}") for text in table.mismatches
+    ):
         return "kv-mismatch"
     sources = [table.groups[source] for source, _ in table.feeds.get(index, ())]
     if _ids(sources) - conditions.excluded:
@@ -323,13 +344,19 @@ def _failed_islands(table: Table, excluded: frozenset[WorkerId]) -> frozenset[st
     return frozenset(view.island for view in table.snapshot.workers if view.id.pool in pools)
 
 
-def _why_none(table: Table, conditions: Conditions) -> str:
+def _why_none(table: Table, facts: Facts, conditions: Conditions) -> str:
     ready = [table.groups[index] for index in table.receivers]
     if not ready:
         return "no worker that can decode is ready"
+    which = ""
+    if facts.revision is not None:
+        ready = [group for group in ready if group.revision == facts.revision]
+        which = f" and has the model revision {facts.revision!r} that it was begun with"
+    if not ready:
+        return f"no worker{which.replace(' and', ' that', 1)} is ready"
     if conditions.excluded & _ids(ready):
-        return "every worker that can decode has failed this request"
-    return "no worker that is ready takes a request of this length"
+        return f"every worker that can decode{which} has failed this request"
+    return f"no worker that is ready{which} takes a request of this length"
 
 
 def _ids(groups: Iterable[Group]) -> frozenset[WorkerId]:

@@ -24,8 +24,8 @@ class SnapshotSource(Protocol):
     """A stream of snapshots, newest only."""
 
     async def next(self, after_version: int) -> Snapshot:
-        """Wait for a snapshot newer than `after_version`; 0 gives the first there is. Never
-        raises on its own account. Cancel: safe."""
+        """Wait for a snapshot newer than `after_version`, which the caller routes by from now on;
+        0 gives the first there is. Never raises on its own account. Cancel: safe."""
         ...
 
 
@@ -50,8 +50,11 @@ class StaticSource:
 class ControllerSource:
     """Long-polls the cluster's controller. To be used inside a process that Ray runs."""
 
-    def __init__(self, cluster: str) -> None:
+    def __init__(self, cluster: str, replica: str) -> None:
+        """`replica`: the gateway's own id. Its calls tell the controller which snapshot each
+        gateway routes by: a change of role waits for that."""
         self._cluster = cluster
+        self._replica = replica
 
     async def next(self, after_version: int) -> Snapshot:
         import ray
@@ -64,7 +67,9 @@ class ControllerSource:
                     ray.get_actor, CONTROLLER_ACTOR, namespace=ray_namespace(self._cluster)
                 )
                 while True:
-                    snapshot = await controller.next_snapshot.remote(after_version, _POLL_S)
+                    snapshot = await controller.next_snapshot.remote(
+                        after_version, _POLL_S, self._replica
+                    )
                     backoff_s = _BACKOFF_S
                     if isinstance(snapshot, Snapshot) and snapshot.version > after_version:
                         return snapshot

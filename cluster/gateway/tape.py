@@ -72,6 +72,11 @@ class Tape:
         """Every output token reported so far."""
         return [int(one) for chunk in self._chunks for one in chunk.split(b",")]
 
+    @property
+    def tokens(self) -> int:
+        """How many those are."""
+        return count_ids(self._chunks)
+
     def sent(self, decode: Decode) -> Sent | None:
         """Where the stream stands; None if that cannot be told for certain."""
         if not self._first:
@@ -131,6 +136,10 @@ def strip_ids(piece: bytes) -> tuple[bytes, list[bytes]]:
             found.append(ids)
         cleaned += (b'"', name, b'":null', after)
     return b"".join(cleaned), found
+
+
+def count_ids(chunks: Sequence[bytes]) -> int:
+    return sum(chunk.count(b",") for chunk in chunks) + len(chunks)
 
 
 def settle(ids: Sequence[int], text: str, decode: Decode) -> tuple[int, str] | None:

@@ -6,7 +6,7 @@ at once, one core: a general client costs about three times this one's CPU time 
 fixed-length or chunked answers, no redirects, no cookies, no compression.
 
 Closing a response before its end closes its connection; that is how an engine learns that nobody
-waits for the rest.
+waits for the rest. A host that is cut off is noticed within seconds (`liveness`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from cluster.gateway import liveness
+
 _CONNECT_TIMEOUT_S = 3.0
 # vLLM's server closes a connection that idles for 5 s: stay clear of that race.
 _IDLE_LIMIT_S = 3.0
@@ -30,12 +32,17 @@ class UpstreamLost(ConnectionError):
     """The engine could not be reached, or broke off before its answer was complete."""
 
 
+class NotReached(UpstreamLost):
+    """It took no connection, so it knows nothing of the request."""
+
+
 class Upstream:
     """A pool of connections per engine. Used from one event loop only."""
 
     def __init__(self, authorization: str = "") -> None:
         self._authorization = f"authorization: {authorization}\r\n" if authorization else ""
         self._origins: dict[str, _Origin] = {}
+        self._look: asyncio.TimerHandle | None = None
 
     async def request(
         self, method: str, url: str, path: str, body: bytes = b"", request_id: str = ""
@@ -53,18 +60,17 @@ class Upstream:
             f"content-length: {len(body)}\r\n\r\n"
         ).encode("latin-1")
         connection = origin.idle_connection()
-        if connection is not None:
-            response = UpstreamResponse(connection)
-            try:
-                await response.begin(head + body)
-                return response
-            except UpstreamLost:
-                # Closed between two requests; if it answered nothing, it also did nothing.
-                if connection.heard_anything:
-                    raise
-        response = UpstreamResponse(await origin.connect())
-        await response.begin(head + body)
-        return response
+        if connection is None:
+            return await self._begin(await origin.connect(), head + body)
+        try:
+            return await self._begin(connection, head + body)
+        except UpstreamLost as lost:
+            # Closed between two requests; if it answered nothing, it also did nothing. Not so if
+            # it is we who gave up on it, or its host that does not answer.
+            was_closed = isinstance(lost.__cause__, ConnectionError | None)
+            if connection.heard_anything or origin.is_dropped or not was_closed:
+                raise
+        return await self._begin(await origin.connect_again(), head + body)
 
     def drop(self, url: str) -> None:
         """Break every connection to an engine that is known to be gone: a dead host sends no FIN,
@@ -77,6 +83,24 @@ class Upstream:
         """May be called twice."""
         for url in list(self._origins):
             self.drop(url)
+        if self._look is not None:
+            self._look.cancel()
+
+    async def _begin(self, connection: _Connection, request: bytes) -> UpstreamResponse:
+        if self._look is None:
+            self._look_later()
+        response = UpstreamResponse(connection)
+        await response.begin(request)
+        return response
+
+    def _look_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._look = loop.call_later(liveness.CHECK_EVERY_S, self._look_for_cuts)
+
+    def _look_for_cuts(self) -> None:
+        self._look = None
+        if sum(origin.break_cut() for origin in self._origins.values()):
+            self._look_later()
 
 
 class _Origin:
@@ -85,7 +109,7 @@ class _Origin:
     def __init__(self, url: str, authorization: str) -> None:
         parts = urlsplit(url)
         if parts.scheme != "http" or parts.hostname is None:
-            raise UpstreamLost(f"{url} is not an engine's address; expected http://HOST:PORT")
+            raise NotReached(f"{url} is not an engine's address; expected http://HOST:PORT")
         self._url = url
         self._host = parts.hostname
         self._port = parts.port or 80
@@ -95,6 +119,7 @@ class _Origin:
         )
         self._idle: deque[tuple[float, _Connection]] = deque()
         self._all: set[_Connection] = set()
+        self.is_dropped = False
 
     def idle_connection(self) -> _Connection | None:
         """The most recently used one that is still good."""
@@ -114,13 +139,30 @@ class _Origin:
                     lambda: _Connection(self), self._host, self._port
                 )
         except TimeoutError:
-            raise UpstreamLost(f"{self._url} took no connection in {_CONNECT_TIMEOUT_S:g} s") from (
+            raise NotReached(f"{self._url} took no connection in {_CONNECT_TIMEOUT_S:g} s") from (
                 None
             )
         except OSError as error:
-            raise UpstreamLost(f"{self._url} cannot be reached: {error}") from error
+            raise NotReached(f"{self._url} cannot be reached: {error}") from error
         self._all.add(connection)
         return connection
+
+    async def connect_again(self) -> _Connection:
+        """After a kept connection was lost with a request on it, which may have been read."""
+        try:
+            return await self.connect()
+        except NotReached as error:
+            raise UpstreamLost(f"the engine broke the connection, and now {error}") from error
+
+    def break_cut(self) -> int:
+        """Break the connections whose requests do not get through; how many still wait for the
+        head of an answer."""
+        waiting = 0
+        for connection in list(self._all):
+            if connection.response is not None and not connection.response.has_head:
+                waiting += 1
+                connection.break_if_cut()
+        return waiting
 
     def put_back(self, connection: _Connection) -> None:
         self._idle.append((asyncio.get_running_loop().time(), connection))
@@ -134,6 +176,7 @@ class _Origin:
         self._all.discard(connection)
 
     def abort(self) -> None:
+        self.is_dropped = True
         for connection in list(self._all):
             connection.abort()
 
@@ -181,10 +224,21 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def break_if_cut(self) -> None:
+        if self.is_open and liveness.is_cut(self._socket()):
+            if self.response is not None:
+                self.response.lost(TimeoutError("its host is cut off"))
+            self.abort()
+
+    def _socket(self) -> liveness.Socket:
+        assert self._transport is not None
+        return cast(liveness.Socket, self._transport.get_extra_info("socket"))
+
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        liveness.probe(self._socket())
 
     def data_received(self, data: bytes) -> None:
         if self.response is None:
@@ -215,7 +269,7 @@ class UpstreamResponse:
         self._parser: Any = httptools.HttpResponseParser(self)
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
-        self._has_head = False
+        self.has_head = False
         self._complete = False
         self._lost: UpstreamLost | None = None
         self._pieces: list[bytes] = []
@@ -227,7 +281,7 @@ class UpstreamResponse:
         """Raises: UpstreamLost. Cancel: closes the connection."""
         try:
             await self._connection.send(self, request)
-            while not self._has_head:
+            while not self.has_head:
                 await self._wait()
         except BaseException:
             self.close()
@@ -258,6 +312,14 @@ class UpstreamResponse:
         body = b"".join(self._pieces)
         self._pieces.clear()
         return body
+
+    def break_off(self, why: str) -> None:
+        """Lose the answer for a reason of our own, once what has arrived was handed over. Does
+        nothing to a complete one."""
+        if not self._complete and self._lost is None:
+            self._lost = UpstreamLost(why)
+            self.close()
+            self._wake()
 
     def close(self) -> None:
         """Close the connection unless the answer is complete. May be called twice."""
@@ -309,6 +371,7 @@ class UpstreamResponse:
             self._lost = UpstreamLost(
                 "the engine broke the connection" + (f": {error}" if error else "")
             )
+            self._lost.__cause__ = error
         self._wake()
 
     # Called by httptools.
@@ -318,8 +381,8 @@ class UpstreamResponse:
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
-        self._has_head = self.status >= 200
-        if not self._has_head:
+        self.has_head = self.status >= 200
+        if not self.has_head:
             self.headers.clear()
 
     def on_body(self, body: bytes) -> None:
@@ -327,7 +390,7 @@ class UpstreamResponse:
         self._buffered_bytes += len(body)
 
     def on_message_complete(self) -> None:
-        if not self._has_head:
+        if not self.has_head:
             return  # 100 Continue
         self._complete = True
         if self._parser.should_keep_alive():

@@ -167,8 +167,5 @@ class Responder:
             await self.end(error.sse())
 
     async def rejected(self, rejected: Rejected) -> None:
-        """An engine's own words."""
-        if not self.is_started:
-            await self.whole(
-                rejected.status, rejected.body, [(b"content-type", rejected.content_type)]
-            )
+        """An engine's own words. To be said while nothing else was."""
+        await self.whole(rejected.status, rejected.body, [(b"content-type", rejected.content_type)])

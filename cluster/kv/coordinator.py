@@ -353,9 +353,11 @@ class Coordinator:
         except Exception as error:
             self._metrics.release_failures.labels(worker.pool).inc(len(request_ids))
             log.warning(
-                "release not delivered worker=%s requests=%d error=%r; the lease runs out instead",
+                "release not delivered worker=%s requests=%d first=%s error=%r; the lease runs out "
+                "instead",
                 worker,
                 len(request_ids),
+                request_ids[0],
                 error,
             )
 

@@ -58,6 +58,12 @@ def check(prefill: WorkerView, decode: WorkerView) -> None:
             if worker.fingerprint is None
         )
         raise KvMismatch(prefill.id.name, decode.id.name, silent)
+    if prefill.model_revision != decode.model_revision:
+        why = (
+            f"model revision is {_shown(prefill.model_revision)} on prefill and "
+            f"{_shown(decode.model_revision)} on decode"
+        )
+        raise KvMismatch(prefill.id.name, decode.id.name, (why,))
     # Pools of one kind are the rule: equal fingerprints cost one comparison.
     if prefill.fingerprint != decode.fingerprint:
         unlike = differences(prefill.fingerprint, decode.fingerprint)

@@ -5,9 +5,9 @@ Called by: launcher.up, launcher.render.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import re
 
+from cluster.control.rollout import differing
 from cluster.control.state import DesiredState
 from cluster.engines.base import HostFacts
 from cluster.engines.vllm.flags import dtype
@@ -16,7 +16,7 @@ from cluster.models.store import ResolvedModel
 from cluster.sizing.kv import kv_bytes_per_token
 from cluster.topology.schema import ModelSpec, Topology
 
-_ABSENT = object()
+_REPLICAS = re.compile(r"pools\[[^\]]+\]\.replicas(\..+)?")
 _DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "auto": 2.0}
 
 
@@ -25,12 +25,7 @@ def desired_state(
 ) -> DesiredState:
     """`host`: the address engines bind; "": each node's own.
 
-    Raises: InvalidInput: a pool is to take longer requests than the model; or the file asks for
-    automatic scaling, whose policy the controller does not follow yet (docs/autoscaling.md)."""
-    if topology.serving.scaling.mode == "slo":
-        raise InvalidInput(
-            "scaling.mode: found slo, which the controller does not follow yet; write `manual`"
-        )
+    Raises: InvalidInput: a pool is to take longer requests than the model."""
     for pool in topology.serving.pools:
         if (pool.max_model_len_tokens or 0) > model.max_model_len_tokens:
             raise InvalidInput(
@@ -61,34 +56,17 @@ def is_wildcard(host: str) -> bool:
 
 
 def needs_restart(before: DesiredState, after: DesiredState) -> tuple[str, ...]:
-    """Keys in which two states differ that a running cluster cannot be given: all but the pools'
+    """Keys in which two states differ that `up` does not give a running cluster: all but the pools'
     `replicas`. Empty: `after` can be applied to a cluster that runs as `before`."""
-    old, new = _without_replicas(before), _without_replicas(after)
-    return tuple(_differing("", old, new))
-
-
-def _without_replicas(desired: DesiredState) -> dict[str, Any]:
-    """As plain values, pools and islands by name."""
-    said = desired.model_dump(mode="json")
-    serving = said.pop("serving")
-    for key in ("pools", "islands"):
-        serving[key] = {f"[{entry['name']}]": entry for entry in serving[key]}
-    for pool in serving["pools"].values():
-        del pool["replicas"]
-    files = {name: said.pop(name) for name in ("model_digest", "kv_bytes_per_token")}
-    return {**serving, **said, "files of the model": files}
-
-
-def _differing(at: str, old: Any, new: Any) -> Iterator[str]:
-    if old == new:
-        return
-    is_below = isinstance(old, dict) and isinstance(new, dict) and at != "files of the model"
-    if not is_below:
-        yield at
-        return
-    for key in dict.fromkeys((*old, *new)):
-        below = f"{at}{key}" if key.startswith("[") or not at else f"{at}.{key}"
-        yield from _differing(below, old.get(key, _ABSENT), new.get(key, _ABSENT))
+    keys = tuple(
+        key for key in differing(before.serving, after.serving) if not _REPLICAS.fullmatch(key)
+    )
+    facts = ("model_path", "max_model_len_tokens", "host")
+    keys += tuple(key for key in facts if getattr(before, key) != getattr(after, key))
+    files = ("model_digest", "kv_bytes_per_token")
+    if any(getattr(before, key) != getattr(after, key) for key in files):
+        keys += ("files of the model",)
+    return keys
 
 
 def _kv_bytes(spec: ModelSpec, model: ResolvedModel, host: HostFacts) -> int:

@@ -11,14 +11,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from cluster.engines import registry
 from cluster.engines.base import HostFacts, LaunchContext, PortNeed
 from cluster.engines.host import host_facts, platform_of
 from cluster.identity import WorkerId
 from cluster.launcher import local_ray
-from cluster.models import cache, simulated, smollm2
+from cluster.models import cache, store
 from cluster.settings import ClusterPaths
 from cluster.topology.schema import ModelSpec, PoolSpec, Topology
 from cluster.workers.ports import DEFAULT_WINDOW
@@ -129,9 +128,8 @@ def _ports(needs: tuple[PortNeed, ...], next_port: int) -> tuple[dict[str, int],
 
 def _model_path(model: ModelSpec) -> str:
     """Where the model will be: the same path as `up` finds, without making it."""
-    makers: dict[str, Any] = {smollm2.ID: smollm2, simulated.ID: simulated}
-    if model.id in makers:
-        return str(cache.models_dir() / f"{model.id}-{makers[model.id].REVISION}")
+    if model.id in store.BUILTIN:
+        return str(cache.models_dir() / f"{model.id}-{store.BUILTIN[model.id].REVISION}")
     place = Path(model.id).expanduser()
     return str(place.absolute()) if place.exists() else model.id
 

@@ -11,8 +11,10 @@ of `control.token_file` or the one that `up` made. The API key: PDCLUSTER_API_KE
 
 from __future__ import annotations
 
+import getpass
 import ipaddress
 import os
+import socket
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -96,6 +98,7 @@ class Target:
                 token_advice=f"it came from {source}; "
                 f"set {TOKEN_ENV} to the one that the head's control API was started with",
                 patience_s=self._patience_s(),
+                asked_by=_caller(),
             )
         )
 
@@ -265,6 +268,16 @@ def _known(url: str | ClusterError) -> str:
     if isinstance(url, ClusterError):
         raise url
     return url
+
+
+def _caller() -> str:
+    """USER@HOST, as the cluster notes down who changed something."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user that has no name
+        user = f"uid-{os.getuid()}"
+    said = f"{user}@{socket.gethostname()}".encode("ascii", "replace").decode()
+    return "".join(char if char.isprintable() and char != " " else "?" for char in said)[:128]
 
 
 def _is_loopback(host: str) -> bool:

@@ -218,8 +218,9 @@ def _refuse_restart(before: DesiredState, wanted: _Wanted) -> None:
         name, path = wanted.paths.cluster, wanted.path
         raise ClusterError(
             f"cluster {name} is up, and {path} says otherwise in what a running cluster cannot be "
-            f"given: {', '.join(keys_)}; first `pdcluster down --cluster {name}`, then "
-            f"`pdcluster up {path}`"
+            f"given by `up`: {', '.join(keys_)}; `pdcluster apply {path}` shows what can be "
+            f"changed while it serves, and does it; else first `pdcluster down --cluster {name}`, "
+            f"then `pdcluster up {path}`"
         )
 
 

@@ -5,7 +5,7 @@ and sha256 sums, and renamed. So a process that is killed at any moment leaves a
 named `*.partial-*`, which the next one removes. One process makes a folder at a time (flock);
 whoever comes second waits, and finds it made.
 
-Called by: models.store. Makers (models.smollm2, models.simulated) only fill a folder.
+Called by: models.store. Makers (models.smollm2, simulated, tiny_glm) only fill a folder.
 """
 
 from __future__ import annotations

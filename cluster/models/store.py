@@ -1,6 +1,6 @@
 """`model.id` of a topology → something an engine can load.
 
-    builtin id     made here from public parts, once, into the cache (models.cache)
+    builtin id     made here, once, into the cache (models.cache)
     local folder   looked at, not copied (models.folder)
     anything else  a hub id, handed to the engine as it is; nothing is downloaded
 
@@ -15,16 +15,30 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from cluster.models import cache, folder, simulated, smollm2
+from cluster.models import cache, folder, simulated, smollm2, tiny_glm
 from cluster.models.errors import ModelError
 from cluster.models.progress import Progress
 from cluster.topology.schema import ModelSpec
 
 __all__ = ["BUILTIN", "ModelError", "Progress", "ResolvedModel", "place_on_node", "resolve"]
 
-BUILTIN = (smollm2.ID, simulated.ID)
+
+class Maker(Protocol):
+    """What a module that makes a model folder has. `NEEDED_BYTES`: most on disk at once."""
+
+    ID: str
+    REVISION: str
+    NEEDED_BYTES: int
+
+    def fill(self, folder: Path, progress: Progress, /) -> None:
+        """Raises: ModelError, OSError."""
+        ...
+
+
+_MAKERS: tuple[Maker, ...] = (smollm2, simulated, tiny_glm)
+BUILTIN: Mapping[str, Maker] = {maker.ID: maker for maker in _MAKERS}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Digests that say what was asked for, not what was seen (see `_hub`, control.state).
@@ -53,9 +67,9 @@ def resolve(model: ModelSpec, progress: Progress) -> ResolvedModel:
     Cancel: KeyboardInterrupt leaves no half model."""
     if model.id in BUILTIN:
         _refuse_revision(model)
-        maker = smollm2 if model.id == smollm2.ID else simulated
+        maker = BUILTIN[model.id]
         place = cache.ensure(maker.ID, maker.REVISION, maker.NEEDED_BYTES, maker.fill, progress)
-        return _local(model, place, needs_weights=maker is smollm2)
+        return _local(model, place, needs_weights=model.id != simulated.ID)
     place = Path(model.id).expanduser()
     if place.exists() or not _HUB_ID.fullmatch(model.id):
         _refuse_revision(model)

@@ -1,6 +1,6 @@
 """On the head: what a changed file means for the nodes that run, and Ray's monitor.
 
-    take_in        the file that `ray up` has put here ─ nodes that cannot stay are ended
+    take_in        the file that `ray up` has put here ─ nodes that cannot stay drain and are ended
                    ─ our own copy of the file is replaced, which is the one the monitor reads
     ensure_monitor the autoscaler's process, anew if the copy has changed
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ClusterError
-from cluster.nodes import ssh
+from cluster.nodes import farewell, ssh
 from cluster.nodes.assignment import change, start_digests
 from cluster.nodes.config import INJECTED, Hosts
 from cluster.nodes.marks import RayProcess, named, ray_processes
@@ -54,6 +54,10 @@ def take_in(cluster: str, given: Path, *, is_new_head: bool, runner: Runner = ss
     leaving = change(store.read(), hosts, starts, is_new_head=is_new_head)
     for node in leaving:
         print(f"{node.host} leaves: it {node.why}")
+    if not is_new_head:
+        before = json.loads(_text(installed_config(cluster)) or "{}")
+        for host, why in farewell.drain(cluster, [node.host for node in leaving], before).items():
+            print(f"{host} leaves without a drain: {why}")
     silent = end_hosts([hosts.host(node.host) for node in leaving], cluster, runner)
     for host, why in silent.items():
         print(f"{host} could not be ended, and something may still run there: {why}")

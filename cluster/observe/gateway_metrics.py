@@ -45,13 +45,19 @@ class GatewayMetrics:
             "routes", "Requests answered, by how they were routed.", ("route",)
         )
         self.retries = self._counter(
-            "retries", "Attempts given up before the first byte, by reason.", ("why",)
+            "retries",
+            "Attempts given up before the first byte, by reason: prefill-failed, pull-failed, "
+            "decode-failed, hung, drained, recomputed.",
+            ("why",),
         )
         self.recoveries = self._counter(
             "recoveries",
             "Answers that went on with another engine, by way (continue, repeat) and what ended "
-            "the first one's (failed, recomputed).",
+            "the first one's (failed, hung, drained, recomputed).",
             ("way", "cause"),
+        )
+        self.poisonous = self._counter(
+            "poisonous_requests", "Requests refused because two engines went away under them."
         )
         self.engine_failures = self._counter(
             "engine_failures", "Calls that an engine failed, by pool and stage.", ("pool", "stage")

@@ -33,6 +33,9 @@ _KV_VARIABLES = {
     "VLLM_KV_CACHE_LAYOUT": None,
     "VLLM_MLA_DISABLE": None,
 }
+# Methods of vLLM that draft from the model's hidden states, besides MTP: NIXL's connector refuses a
+# pair of which only one has them (0.32, nixl/metadata.py).
+_DRAFTING_LAYERS = frozenset({"eagle", "eagle3", "dflash", "dspark"})
 # Where a pool states what a connector's rule judges.
 _JUDGED_KEYS: dict[str, KeyPath] = {
     "hardware": ("hardware",),
@@ -313,6 +316,15 @@ def _kv_settings(one: PoolSpec, other: PoolSpec) -> Iterator[tuple[KeyPath, obje
         yield ("engine_args", flag), flags[0].get(flag, unset), flags[1].get(flag, unset)
     for name, unset in _KV_VARIABLES.items():
         yield ("env", name), one.env.get(name, unset), other.env.get(name, unset)
+    yield ("speculative", "method"), _drafting_layers(one), _drafting_layers(other)
+
+
+def _drafting_layers(pool: PoolSpec) -> str | None:
+    """The method whose layers keep keys and values beside the model's own; None: it has none."""
+    method = str((pool.speculative or {}).get("method", ""))
+    if method.endswith("mtp"):
+        return "mtp"  # deepseek_mtp and others are older names of it
+    return method if method in _DRAFTING_LAYERS else None
 
 
 def _said(value: object) -> str:

@@ -40,8 +40,8 @@ class ScalingSpec(Spec):
 
     mode: Literal["manual", "slo"] = Field(
         default="manual",
-        description="manual: the operator. slo: pools named in `targets` follow their load; `up` "
-        "refuses it as yet.",
+        description="manual: the operator. slo: pools named in `targets` follow their load, as "
+        "docs/autoscaling.md says.",
     )
     dry_run: bool = Field(
         default=False, description="Say what would be done, and why, but do nothing."

@@ -54,7 +54,8 @@ class ModelSpec(Spec):
 
     id: str = Field(
         min_length=1,
-        description="`smollm2-135m-instruct` (fetched from PyPI), a local folder, or a hub id.",
+        description="`smollm2-135m-instruct` (fetched from PyPI), `tiny-glm-mtp` (comes with "
+        "pdcluster), a local folder, or a hub id.",
     )
     served_name: str | None = Field(
         default=None, description="The name clients use in `model`. Default: the last part of id."

@@ -65,6 +65,7 @@ def counters(sample: EngineSample | None, ledger: Ledger, now_s: float) -> Count
         tokens_held=ledger.tokens_held,
         tokens_pulled=ledger.tokens_pulled,
         leases_open=ledger.leases_open(now_s),
+        spec_accepted_per_position=sample.spec_accepted_per_position if sample else (),
     )
 
 

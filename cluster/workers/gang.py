@@ -46,7 +46,12 @@ def merge(reports: Sequence[WorkerReport]) -> WorkerReport:
 
     `reports` are in the order of ranks, at least one."""
     head, *others = reports
-    merged = replace(head, rss_bytes=sum(report.rss_bytes for report in reports))
+    merged = replace(
+        head,
+        rss_bytes=sum(report.rss_bytes for report in reports),
+        node_ids=tuple(dict.fromkeys(name for report in reports for name in report.node_ids)),
+        log_lines_lost=sum(report.log_lines_lost for report in reports),
+    )
     for rank, report in enumerate(others, start=1):
         where = f"rank {rank} on {report.node_ip}"
         if _has_left(report, head):

@@ -70,6 +70,8 @@ class WorkerHandle(Protocol):
 
     async def release(self, request_ids: list[str]) -> None: ...
 
+    async def quiesce(self, grace_s: float) -> bool: ...
+
     async def stop(self, grace_s: float) -> None: ...
 
 
@@ -80,7 +82,8 @@ class WorkerActor(EngineWorker):
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         end_with_raylet()
         gang = RayGang(spec) if spec.pool.nodes_per_replica > 1 else None
-        super().__init__(spec, ray.util.get_node_ip_address(), gang=gang)
+        node_id = ray.get_runtime_context().get_node_id()
+        super().__init__(spec, ray.util.get_node_ip_address(), gang=gang, node_id=node_id)
 
 
 class RayGang:
@@ -175,6 +178,12 @@ class RayWorkerHandle:
         calls = (actor.release.remote(request_ids) for actor in self._actors)
         await self._ask(asyncio.gather(*calls), ANSWER_BOUND_S)
 
+    async def quiesce(self, grace_s: float) -> bool:
+        """As EngineWorker.quiesce, of rank 0: it has the requests. Answers within `grace_s` and
+        some seconds, or raises PeerGone."""
+        answer = self._actors[0].quiesce.remote(grace_s)
+        return await self._ask(answer, grace_s + ANSWER_BOUND_S)
+
     async def stop(self, grace_s: float) -> None:
         """As EngineWorker.stop: rank 0's requests end, then all ranks. Raises PeerGone only after
         every rank that answers has ended."""
@@ -266,7 +275,7 @@ async def remove(cluster: str, worker: WorkerId) -> None:
 
 def _spawn(spec: WorkerSpec) -> RayWorkerHandle:
     _check_namespace(spec.cluster)
-    request = request_of(spec.pool)
+    request = request_of(spec.pool, spec.avoided_nodes)
     group, _ = _parts(spec.cluster, spec.id)
     if group is None:
         group = ray.util.placement_group(
@@ -274,9 +283,7 @@ def _spawn(spec: WorkerSpec) -> RayWorkerHandle:
             strategy=request.strategy,
             name=str(spec.id),
             lifetime="detached",
-            bundle_label_selector=[dict(request.labels)] * request.nodes
-            if request.labels
-            else None,
+            bundle_label_selector=request.label_selectors,
         )
     remote_class = ray.remote(WorkerActor)
     actors = [
@@ -321,7 +328,20 @@ def _find_all(cluster: str) -> list[WorkerId]:
         for entry in ray.util.list_named_actors(all_namespaces=True)
         if entry["namespace"] == ray_namespace(cluster) and entry["name"].startswith("worker:")
     ]
-    return sorted({WorkerId.parse(name) for name in names})
+    return sorted({WorkerId.parse(name) for name in [*names, *_groups_of_workers()]})
+
+
+def _groups_of_workers() -> list[str]:
+    """Names of this namespace's living placement groups: one may have lost all its actors."""
+    names: list[str] = []
+    for group_id, row in placement_group_table().items():
+        if row["state"] not in _GROUP_LIVES:
+            continue
+        with contextlib.suppress(ValueError):  # not a replica's; or another namespace's
+            WorkerId.parse(row["name"])
+            if ray.util.get_placement_group(row["name"]).id.hex() == group_id:
+                names.append(row["name"])
+    return names
 
 
 def _parts(cluster: str, worker: WorkerId) -> tuple[PlacementGroup | None, list[Any]]:

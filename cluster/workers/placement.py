@@ -13,17 +13,20 @@ from cluster.topology.labels import label_matches
 from cluster.topology.schema import PoolSpec
 
 _NAMES_SHOWN = 4
+_NODE_ID = "ray.io/node-id"  # Ray sets this label on every node
 # Resources that Ray takes as arguments of their own, not under `resources`.
 _OWN_ARGUMENTS = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementRequest:
-    """`nodes` different nodes, each with `resources` free and labels that match."""
+    """`nodes` different nodes, each with `resources` free and labels that match, and none of
+    `avoided` (Ray's node ids)."""
 
     resources: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
     nodes: int = 1
+    avoided: tuple[str, ...] = ()
 
     @property
     def bundles(self) -> list[dict[str, float]]:
@@ -32,6 +35,15 @@ class PlacementRequest:
     @property
     def strategy(self) -> str:
         return "STRICT_SPREAD" if self.nodes > 1 else "PACK"
+
+    @property
+    def label_selectors(self) -> list[dict[str, str]] | None:
+        """One per bundle; None: any node will do."""
+        selector = dict(self.labels)
+        if self.avoided:
+            # A topology cannot name it: Ray gives a node another id at each start.
+            selector[_NODE_ID] = f"!in({','.join(self.avoided)})"
+        return [selector] * self.nodes if selector else None
 
     @property
     def actor_options(self) -> dict[str, Any]:
@@ -55,11 +67,12 @@ class NodeFacts:
     free: Mapping[str, float]
 
 
-def request_of(pool: PoolSpec) -> PlacementRequest:
+def request_of(pool: PoolSpec, avoided: Sequence[str] = ()) -> PlacementRequest:
     return PlacementRequest(
         resources=dict(pool.placement.resources),
         labels=dict(pool.placement.labels),
         nodes=pool.nodes_per_replica,
+        avoided=tuple(avoided),
     )
 
 
@@ -85,6 +98,8 @@ def explain_unplaceable(request: PlacementRequest, nodes: Sequence[NodeFacts]) -
 
 def _lacks(request: PlacementRequest, node: NodeFacts) -> str:
     """What keeps the request off the node; "" if nothing does."""
+    if node.labels.get(_NODE_ID) in request.avoided:
+        return "drained"
     missing: list[str] = []
     for key, selector in request.labels.items():
         value = node.labels.get(key)

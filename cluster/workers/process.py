@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,12 +40,28 @@ class Exit:
 
     code: int | None
 
+    @property
+    def was_killed(self) -> bool:
+        """By SIGKILL, which is never the engine's own doing."""
+        return self.code is None or self.code == 128 + signal.SIGKILL
+
     def __str__(self) -> str:
         if self.code is None:
             return "its supervisor was killed"
         if self.code > 128:
             return f"exit code {self.code} (signal {self.code - 128})"
         return f"exit code {self.code}"
+
+
+@dataclass(frozen=True, slots=True)
+class LostLines:
+    """Lines of the command's output that its log did not take, and why the last of them."""
+
+    count: int = 0
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.count} lines of the log are lost: {self.why}"
 
 
 class EngineProcess:
@@ -64,6 +81,7 @@ class EngineProcess:
         # The command itself is gone; others of its tree may still be ending.
         self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
+        self.lost_lines = LostLines()
         self._argv = tuple(argv)
         self._environment = dict(environment)
         self._owner = owner
@@ -163,6 +181,10 @@ class EngineProcess:
             self.pid = int(event["pid"])
             self.supervisor_pid = int(event["supervisor_pid"])
             self.runs.set()
+        elif kind == "lost":
+            if not self.lost_lines.count:
+                log.warning("%s loses log_lines why=%s", self._owner, event["why"])
+            self.lost_lines = LostLines(int(event["lines"]), str(event["why"]))
         elif kind == "exited" and not self.exited.done():
             self.exited.set_result(Exit(int(event["code"])))
         elif kind == "ended":

@@ -27,11 +27,20 @@ class Counters:
     tokens_held: int = 0
     tokens_pulled: int = 0
     leases_open: int = 0  # prefill: granted and not yet taken, released or expired
+    spec_accepted_per_position: tuple[int, ...] = ()  # of each draft's first token, its second, ...
 
     @property
     def acceptance_length(self) -> float | None:
         """Mean tokens per decode step: 1 + accepted / drafts (vLLM's definition)."""
         return 1 + self.spec_accepted / self.spec_drafts if self.spec_drafts else None
+
+    @property
+    def acceptance_per_position(self) -> tuple[float, ...]:
+        """Share of the drafts whose token at this position was accepted, 0..1 (vLLM's definition);
+        () without drafts, or from an engine that does not count them."""
+        if not self.spec_drafts:
+            return ()
+        return tuple(count / self.spec_drafts for count in self.spec_accepted_per_position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,10 @@ class WorkerReport:
     rss_bytes: int = 0
     engine_pid: int | None = None
     last_words: tuple[str, ...] = ()  # tail of the engine's log once it FAILED
+    # The controller's, which decides over roles: see snapshot.WorkerView.
+    epoch: int = 0
+    lets_go: bool = False
     revision: str = ""  # as its spec says
     node_id: str = ""  # Ray's id of rank 0's node; "": not placed yet
     node_ids: tuple[str, ...] = ()  # of all its ranks
+    log_lines_lost: int = 0  # lines of the engine's output that its log's disk did not take

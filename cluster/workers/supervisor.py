@@ -19,8 +19,9 @@
 - Then it removes the /dev/shm segments that were made during its life and used by the tree, if no
   process uses them any more. Segments that were there before (weights kept in memory) stay.
 
-Lines on stdout: {"event": "started", "pid", "supervisor_pid"}, {"event": "exited", "code"} when
-the command itself ends, {"event": "ended", "code", "lines_dropped"} when nothing is left.
+Lines on stdout: {"event": "started", "pid", "supervisor_pid"}, {"event": "lost", "lines", "why"}
+when lines were lost since the last such news, {"event": "exited", "code"} when the command itself
+ends, {"event": "ended", "code", "lines_dropped"} when nothing is left.
 Exit code: the command's, 128 + signal if one ended it, 127 if it cannot be started.
 
 Sleeps in one poll; measured idle: no CPU tick in 20 s, 12 MiB resident. Standard library only.
@@ -44,134 +45,18 @@ from collections.abc import Sequence
 from types import FrameType
 
 from cluster.workers import tree
+from cluster.workers.output import Log
+from cluster.workers.segments import Segments
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_IN_CREATE_OR_MOVED_TO = 0x100 | 0x80
 _F_SETPIPE_SZ = 1031
 _PIPE_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 16
 # While ending: how often the tree is looked at again.
 _ENDING_STEP_S = 0.05
-# A segment is made first and mapped a little later: look at once, and again after this long.
-_SEGMENT_LATE_S = 3.0
-# Others may make segments at any rate; we look at most this often.
-_SEGMENT_PAUSE_S = 0.5
-# Without inotify (its instances are limited per user) the folder is listed this often.
-_SEGMENT_POLL_S = 5.0
-
-
-class Log:
-    """A file of bounded size that never raises: what cannot be written is counted as lost."""
-
-    def __init__(self, path: str, limit_bytes: int) -> None:
-        self.lines_dropped = 0
-        self._path = path
-        self._limit_bytes = limit_bytes
-        self._noted = 0
-        self._why = ""
-        self._fd = -1
-        self._size = 0
-
-    def write(self, data: bytes) -> None:
-        try:
-            if self._fd < 0:
-                self._open()
-            if self._size and self._size + len(data) > self._limit_bytes:
-                cut = data.rfind(b"\n") + 1
-                self._append(data[:cut])
-                data = data[cut:]
-                self._rotate()
-            if self._noted < self.lines_dropped:
-                lost = self.lines_dropped - self._noted
-                self._append(f"pdcluster: {lost} lines lost here: {self._why}\n".encode())
-                self._noted = self.lines_dropped
-            self._append(data)
-        except OSError as error:
-            self._why = error.strerror or str(error)
-            self.lines_dropped += data.count(b"\n")
-
-    def _open(self) -> None:
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._size = os.fstat(self._fd).st_size
-
-    def _rotate(self) -> None:
-        os.replace(self._path, self._path + ".1")
-        os.close(self._fd)
-        self._fd = -1
-        self._open()
-
-    def _append(self, data: bytes) -> None:
-        while data:
-            written = os.write(self._fd, data)
-            self._size += written
-            data = data[written:]
-
-
-class Segments:
-    """Which /dev/shm segments the tree has made or used since we began."""
-
-    def __init__(self, record: str | None) -> None:
-        self.attributed: dict[str, int] = {}
-        self._record = record
-        self._before = set(tree.segments().items())
-        self._last_look_s = -_SEGMENT_PAUSE_S
-        self._soon_s: float | None = None
-        self._late_s: float | None = None
-        self.inotify_fd = self._watch()
-        if self.inotify_fd < 0:
-            self._late_s = time.monotonic()
-
-    def appeared(self, now_s: float) -> None:
-        """Something was made in /dev/shm, by whomever."""
-        with contextlib.suppress(OSError):
-            os.read(self.inotify_fd, 1 << 16)
-        if self._soon_s is None:
-            self._soon_s = max(now_s, self._last_look_s + _SEGMENT_PAUSE_S)
-        self._late_s = now_s + _SEGMENT_LATE_S
-
-    def due_in_s(self, now_s: float) -> float | None:
-        due = [at_s for at_s in (self._soon_s, self._late_s) if at_s is not None]
-        return max(0.0, min(due) - now_s) if due else None
-
-    def look_if_due(self, now_s: float) -> None:
-        if self.due_in_s(now_s) != 0.0:
-            return
-        self._last_look_s = now_s
-        self._soon_s = None
-        if self._late_s is not None and self._late_s <= now_s:
-            self._late_s = now_s + _SEGMENT_POLL_S if self.inotify_fd < 0 else None
-        self.look()
-
-    def look(self) -> None:
-        born = {
-            name: inode
-            for name, inode in tree.segments().items()
-            if (name, inode) not in self._before and self.attributed.get(name) != inode
-        }
-        if not born:
-            return
-        used = tree.segments_used_by(process.pid for process in tree.descendants(os.getpid()))
-        found = {name: inode for name, inode in born.items() if inode in used}
-        if found:
-            self.attributed.update(found)
-            self._write_record()
-
-    def _watch(self) -> int:
-        libc = ctypes.CDLL(None, use_errno=True)
-        fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if fd >= 0 and (
-            libc.inotify_add_watch(fd, tree.SHM_DIR.encode(), _IN_CREATE_OR_MOVED_TO) < 0
-        ):
-            os.close(fd)
-            return -1
-        return fd
-
-    def _write_record(self) -> None:
-        # For the owner, should it have to clean up after us.
-        if self._record is not None:
-            with contextlib.suppress(OSError), open(self._record, "w", encoding="utf-8") as file:
-                json.dump(self.attributed, file)
+# News of lost lines: at most this often.
+_LOST_PAUSE_S = 1.0
 
 
 class Supervisor:
@@ -186,6 +71,8 @@ class Supervisor:
         self._log = Log(options.log, int(options.log_limit_mib * (1 << 20)))
         record = os.path.join(self._runtime_dir, "segments.json") if self._runtime_dir else None
         self._segments = Segments(record)
+        self._lines_told = 0
+        self._next_told_s = 0.0
         self._poll = select.poll()
         self._output_fd = -1
         self._wake_fd = -1
@@ -260,8 +147,9 @@ class Supervisor:
 
     def _wait(self, at_most_s: float | None) -> None:
         """Sleep until something happens, and see to it."""
-        due_s = self._segments.due_in_s(time.monotonic())
-        waits = [wait_s for wait_s in (at_most_s, due_s) if wait_s is not None]
+        now_s = time.monotonic()
+        due_s = (at_most_s, self._segments.due_in_s(now_s), self._lost_due_in_s(now_s))
+        waits = [wait_s for wait_s in due_s if wait_s is not None]
         for fd, _events in self._poll.poll(min(waits) * 1000 if waits else None):
             if fd == self._output_fd:
                 self._copy_output()
@@ -276,7 +164,20 @@ class Supervisor:
                 with contextlib.suppress(OSError):
                     os.read(fd, 512)
         self._reap()
-        self._segments.look_if_due(time.monotonic())
+        now_s = time.monotonic()
+        self._segments.look_if_due(now_s)
+        if self._lost_due_in_s(now_s) == 0.0:
+            self._next_told_s = now_s + _LOST_PAUSE_S
+            self._tell_lost()
+
+    def _lost_due_in_s(self, now_s: float) -> float | None:
+        if self._lines_told == self._log.lines_dropped:
+            return None
+        return max(0.0, self._next_told_s - now_s)
+
+    def _tell_lost(self) -> None:
+        self._lines_told = self._log.lines_dropped
+        self._tell(event="lost", lines=self._lines_told, why=self._log.why_dropped)
 
     def _copy_output(self) -> bool:
         """One chunk from the command to the log. False: there is no more."""
@@ -315,6 +216,8 @@ class Supervisor:
                     for _ in range(_PIPE_BYTES // _CHUNK_BYTES):
                         if self._output_fd < 0 or not self._copy_output():
                             break
+                    if self._lines_told < self._log.lines_dropped:
+                        self._tell_lost()
                     self._tell(event="exited", code=self._code)
 
     def _end_tree(self) -> None:

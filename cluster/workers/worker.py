@@ -4,7 +4,7 @@
     stop  ─▶ _end: drain ─▶ supervisor ends the tree ─▶ STOPPED
 
 A plain async class without Ray; `workers.handle` makes an actor of it. The state moves only in
-`workers.lifecycle`, health is judged in `workers.health`, processes are the supervisor's.
+`workers.lifecycle`, `workers.watch` follows the running engine, processes are the supervisor's.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import os
 import random
 import secrets
 import shutil
-import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +26,13 @@ import aiohttp
 from cluster.engines.base import EngineAdapter, Launch, LaunchContext
 from cluster.engines.client import EngineClient, EngineSample
 from cluster.engines.registry import adapter as engine_adapter
-from cluster.errors import ClusterError, EngineFailed, PeerGone
+from cluster.errors import ClusterError, PeerGone
 from cluster.identity import WorkerState
 from cluster.settings import ClusterPaths
 from cluster.snapshot import Fingerprint
 from cluster.transfers import TransferRecord
-from cluster.workers import facts, health, logs, secret_files
+from cluster.workers import facts, health, logs, memory, secret_files
+from cluster.workers.drain import InHand, until_empty
 from cluster.workers.environment import engine_environment, link_package
 from cluster.workers.gang import Gang, MeetingPlace
 from cluster.workers.ledger import Ledger, TransferSocket, check_socket_path, send_release
@@ -42,23 +42,17 @@ from cluster.workers.preparation import host_of, launch_context
 from cluster.workers.process import EngineProcess
 from cluster.workers.report import WorkerReport
 from cluster.workers.spec import WorkerSpec
+from cluster.workers.watch import EngineWatch
 
 log = logging.getLogger(__name__)
 
-SAMPLE_PERIOD_S = 1.0
-# An engine without work is looked at less often: its /metrics page is half of what it costs idle.
-_REST_AFTER_SAMPLES = 10
-_REST_PERIOD_S = 5.0
 # Between SIGTERM and SIGKILL when a worker is stopped; its requests have ended before that.
 TERM_GRACE_S = 2.0
 _START_POLL_S = 0.2
-_DRAIN_POLL_S = 0.2
-_SAMPLE_BOUND_S = 5.0
-_PROBE_BOUND_S = 10.0
 # An engine's first token may take as long as it likes: the start as a whole is bounded.
 _HTTP_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
 # Reading /proc for the memory of a tree costs some milliseconds.
-_RSS_EVERY_SAMPLES = 5
+_MEMORY_EVERY_LOOKS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +64,7 @@ class _Running:
     launch: Launch
     process: EngineProcess
     client: EngineClient
+    watch: EngineWatch
 
 
 class EngineWorker:
@@ -84,10 +79,12 @@ class EngineWorker:
         node_ip: str,
         rng: random.Random | None = None,
         gang: Gang | None = None,
+        node_id: str = "",
     ) -> None:
         paths = ClusterPaths(spec.cluster)
         self._spec = spec
         self._node_ip = node_ip
+        self._node_id = node_id
         self._gang = gang
         self._rng = rng or random.Random()
         self._log_path = paths.worker_log(spec.id, spec.node_rank)
@@ -99,14 +96,15 @@ class EngineWorker:
         self._started_at_s = time.time()
         self._running: _Running | None = None
         self._fingerprint: Fingerprint | None = None
-        self._sample: EngineSample | None = None
         self._rss_bytes = 0
+        self._kills = memory.Kills(None, None)  # at the last look, or before the start
         self._last_words: tuple[str, ...] = ()
         self._resources = contextlib.AsyncExitStack()
         self._living: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._drain_until_s = float("inf")
+        self._cut_off = ""  # what was in hand when the grace of a stop was over
 
     async def start(self) -> None:
         """Begin in the background; `report` tells how it goes. Further calls do nothing."""
@@ -124,7 +122,8 @@ class EngineWorker:
 
     async def report(self) -> WorkerReport:
         """How the worker is, from what is known; asks the engine nothing."""
-        spec, sample, running = self._spec, self._sample, self._running
+        spec, running = self._spec, self._running
+        sample = running.watch.sample if running is not None else None
         return WorkerReport(
             id=spec.id,
             role=spec.role,
@@ -143,6 +142,10 @@ class EngineWorker:
             rss_bytes=self._rss_bytes,
             engine_pid=running.process.pid if running is not None else None,
             last_words=self._last_words,
+            revision=spec.revision,
+            node_id=self._node_id,
+            node_ids=(self._node_id,) if self._node_id else (),
+            log_lines_lost=running.process.lost_lines.count if running is not None else 0,
         )
 
     async def read_log(self, offset: int, limit_bytes: int) -> tuple[bytes, int]:
@@ -160,6 +163,19 @@ class EngineWorker:
         out."""
         if not send_release(self._runtime_dir / "release", request_ids):
             log.warning("%s release not heard requests=%d", self._spec.id, len(request_ids))
+
+    async def quiesce(self, grace_s: float) -> bool:
+        """Wait until nothing is in hand and no peer still pulls blocks, for up to `grace_s`, as
+        before a change of role. Whether it is so; False at once if the worker is not READY.
+
+        The caller sees to it that no new work comes. The worker stays READY, nothing is stopped.
+        Cancel: safe."""
+        running = self._running
+        if running is None or self._lifecycle.state is not WorkerState.READY:
+            return False
+        until_s = time.monotonic() + grace_s
+        in_hand = await self._until_empty(running, lambda: until_s, lambda _: None)
+        return in_hand.is_nothing and self._lifecycle.state is WorkerState.READY
 
     async def stop(self, grace_s: float) -> None:
         """Let requests in hand end for up to `grace_s`, then end the engine. Returns when nothing
@@ -179,7 +195,8 @@ class EngineWorker:
             if is_ready:
                 await self._unless_exited(self._watch(running))
             verb = "ended" if is_ready else f"ended while {self._lifecycle.state}"
-            await self._fail(f"the engine {verb}: {await running.process.exited}")
+            how = await running.process.exited
+            await self._fail(f"the engine {verb}: {how}", how.was_killed)
         except TimeoutError:
             await self._fail(self._too_slow())
         except (ClusterError, OSError) as error:
@@ -226,8 +243,11 @@ class EngineWorker:
         )
         probes = adapter.probes(context)
         client = EngineClient(facts.url(context), spec.engine_key, session, probes)
-        self._running = _Running(adapter, context, launch, process, client)
+        name, hung_after_s = spec.model.public_name, spec.health.hung_after_s
+        watch = EngineWatch(client, adapter.metrics, name, hung_after_s)
+        self._running = _Running(adapter, context, launch, process, client, watch)
         self._resources.push_async_callback(process.stop, TERM_GRACE_S)
+        self._kills = memory.kills_so_far()
         await process.start()
         return self._running
 
@@ -257,57 +277,36 @@ class EngineWorker:
                 self._move(Cause.SPOKE)
             await asyncio.sleep(_START_POLL_S)
         self._move(Cause.LISTENS)
-        while why_not := await self._probe(running, None):
+        while why_not := await running.watch.probe(None):
             self._lifecycle.note(why_not)
             await asyncio.sleep(_START_POLL_S)
-        self._sample = await running.client.sample(running.adapter.metrics)
+        running.watch.sample = sample = await running.client.sample(running.adapter.metrics)
         self._fingerprint = facts.fingerprint(
             self._spec,
             running.adapter,
             running.context,
             running.launch,
-            self._sample,
+            sample,
             await running.client.version(),
         )
         self._move(Cause.GENERATED)
 
     async def _watch(self, running: _Running) -> None:
-        """Sample until cancelled, and see whether the engine makes progress."""
-        if self._spec.node_rank > 0:
-            await running.process.exited
-            return
-        progress = health.Progress(None, time.monotonic())
-        unchanged = 0
-        for turn in range(sys.maxsize):
-            before = self._sample
-            verdict = self._judge(progress, await self._ask(running))
-            has_work = self._sample is None or self._sample.running + self._sample.waiting > 0
-            unchanged = 0 if has_work or self._sample != before else unchanged + 1
-            is_hung = self._lifecycle.state is WorkerState.HUNG
-            if is_hung or isinstance(verdict, health.Hung):
-                why = verdict.why if isinstance(verdict, health.Hung) else self._lifecycle.message
-                verdict = await self._confirm(running, progress, why)
-            progress = verdict.progress
-            self._follow(verdict)
-            if turn % _RSS_EVERY_SAMPLES == 0:
-                self._rss_bytes = await asyncio.to_thread(running.process.rss_bytes)
-            is_resting = unchanged >= _REST_AFTER_SAMPLES
-            await asyncio.sleep(_REST_PERIOD_S if is_resting else SAMPLE_PERIOD_S)
+        """Follow what each look shows until cancelled. Raises: EngineFailed: it says it is dead."""
+        while self._spec.node_rank > 0:
+            await self._measure(running)
+            await asyncio.sleep(health.REST_PERIOD_S)
+        looks = 0
+        async with contextlib.aclosing(running.watch.verdicts()) as verdicts:
+            async for verdict in verdicts:
+                self._follow(verdict)
+                if looks % _MEMORY_EVERY_LOOKS == 0:
+                    await self._measure(running)
+                looks += 1
 
-    async def _confirm(
-        self, running: _Running, progress: health.Progress, why: str
-    ) -> health.Verdict:
-        bound_s = min(_PROBE_BOUND_S, self._spec.health.hung_after_s)
-        if not await self._probe(running, bound_s):
-            return health.Healthy(health.progressed(progress, time.monotonic()))
-        sample = await self._ask(running)
-        return health.after_failed_probe(progress, sample, time.monotonic(), why)
-
-    def _judge(self, progress: health.Progress, sample: EngineSample | None) -> health.Verdict:
-        load = facts.load(self._sample)
-        in_flight = load.running + load.waiting
-        hung_after_s = self._spec.health.hung_after_s
-        return health.judge(progress, sample, in_flight, time.monotonic(), hung_after_s)
+    async def _measure(self, running: _Running) -> None:
+        self._rss_bytes = await asyncio.to_thread(running.process.rss_bytes)
+        self._kills = await asyncio.to_thread(memory.kills_so_far)
 
     def _follow(self, verdict: health.Verdict) -> None:
         state = self._lifecycle.state
@@ -316,28 +315,14 @@ class EngineWorker:
         elif isinstance(verdict, health.Healthy) and state is WorkerState.HUNG:
             self._move(Cause.MOVED)
 
-    async def _ask(self, running: _Running) -> EngineSample | None:
-        """The engine's metrics, or None if they do not answer in time."""
-        try:
-            async with asyncio.timeout(min(_SAMPLE_BOUND_S, self._spec.health.hung_after_s)):
-                self._sample = await running.client.sample(running.adapter.metrics)
-        except (EngineFailed, TimeoutError):
-            return None
-        return self._sample
-
-    async def _probe(self, running: _Running, bound_s: float | None) -> str:
-        """Ask for a real generation of one token. "" if it came, else why it did not."""
-        try:
-            async with asyncio.timeout(bound_s):
-                await running.client.generate_one(self._spec.model.public_name)
-        except EngineFailed as error:
-            return str(error)
-        except TimeoutError:
-            return f"a generation of one token took more than {bound_s} s"
-        return ""
-
-    async def _fail(self, why: str) -> None:
+    async def _fail(self, why: str, was_killed: bool = False) -> None:
         last_words = await asyncio.to_thread(logs.last_words, self._log_path)
+        if self._running is not None:
+            kills = await asyncio.to_thread(memory.kills_so_far)
+            short = memory.shortage(was_killed, self._kills, kills, last_words)
+            why = f"{why}; {short}" if short else why
+            lost = self._running.process.lost_lines
+            last_words += (f"pdcluster: {lost}",) if lost.count else ()
         if self._lifecycle.state is not WorkerState.DRAINING:
             self._last_words = last_words
             self._move(Cause.BROKE, why)
@@ -367,18 +352,36 @@ class EngineWorker:
             await asyncio.wait({self._living})
         await self._close()
         if not self._lifecycle.has_ended:
-            self._move(Cause.GONE)
+            self._move(Cause.GONE, self._cut_off)
 
     async def _drain(self, running: _Running) -> None:
-        """Wait until nothing is in hand and no peer still pulls blocks, or the grace is over."""
-        leases_until_s = time.monotonic() + self._spec.island.lease_s
-        while not running.process.exited.done() and time.monotonic() < self._drain_until_s:
-            sample = await self._ask(running)
-            if sample is not None and sample.running + sample.waiting == 0:
-                is_pulled = self._ledger.leases_open(time.time()) == 0
-                if is_pulled or time.monotonic() >= leases_until_s:
-                    return
-            await asyncio.sleep(_DRAIN_POLL_S)
+        """Wait until nothing is in hand or the grace is over; the report says how far it is."""
+
+        def note(in_hand: InHand) -> None:
+            left_s = self._drain_until_s - time.monotonic()
+            self._lifecycle.note(f"{in_hand}; {max(0.0, left_s):.0f} s left")
+
+        if time.monotonic() < self._drain_until_s:
+            in_hand = await self._until_empty(running, lambda: self._drain_until_s, note)
+            exited = running.process.exited
+            if exited.done():
+                self._cut_off = f"the engine ended by itself: {exited.result()}"
+            elif not in_hand.is_nothing:
+                self._cut_off = f"{in_hand} when its time was over"
+            self._lifecycle.note(self._cut_off or "its engine is being ended")
+
+    async def _until_empty(
+        self, running: _Running, until_s: Callable[[], float], note: Callable[[InHand], None]
+    ) -> InHand:
+        exited = running.process.exited
+
+        async def ask() -> EngineSample | None:
+            return None if exited.done() else await running.watch.ask()
+
+        def left_s() -> float:
+            return 0.0 if exited.done() else until_s() - time.monotonic()
+
+        return await until_empty(ask, self._ledger, self._spec.island.lease_s, left_s, note)
 
     def _move(self, cause: Cause, message: str = "") -> None:
         self._lifecycle.move(cause, time.monotonic(), message)

@@ -62,23 +62,25 @@ class Result:
 
 SLO, LEAST_TWO, NO_ROLES = "SLO", "SLO with min: 2", "SLO without role changes"
 BUSY, BATCH = "utilisation by busy time", "utilisation by batch"
+BATCH_TWO = "utilisation by batch with min: 2"
 FIXED = "fixed"
 
 
 def scaling_ways() -> list[Way]:
     """All that scale by themselves."""
-    ways = [
-        Way(SLO, f"headroom {headroom:g}", BEGIN, _Slo(headroom, True)) for headroom in HEADROOMS
+    ways = [Way(SLO, f"headroom {h:g}", BEGIN, _Slo(h, True)) for h in HEADROOMS]
+    ways += [
+        Way(LEAST_TWO, f"headroom {h:g}", BEGIN, _Slo(h, True, least=2)) for h in HEADROOMS[1:]
     ]
-    default = f"headroom {POLICY.headroom:g}"
-    ways.append(Way(LEAST_TWO, default, BEGIN, _Slo(POLICY.headroom, True, least=2)))
-    ways.append(Way(NO_ROLES, default, BEGIN, _Slo(POLICY.headroom, False)))
-    for series, targets, by_batch in (
-        (BUSY, BUSY_TARGETS, False),
-        (BATCH, BATCH_TARGETS, True),
+    default = POLICY.headroom
+    ways.append(Way(NO_ROLES, f"headroom {default:g}", BEGIN, _Slo(default, False)))
+    for series, targets, by_batch, least in (
+        (BUSY, BUSY_TARGETS, False, 1),
+        (BATCH, BATCH_TARGETS, True, 1),
+        (BATCH_TWO, BATCH_TARGETS[:2], True, 2),
     ):
         ways += [
-            Way(series, f"targets {p:.0%} and {d:.0%}", BEGIN, _Utilisation(p, d, by_batch))
+            Way(series, f"targets {p:.0%} and {d:.0%}", BEGIN, _Utilisation(p, d, by_batch, least))
             for p, d in targets
         ]
     return ways
@@ -98,13 +100,13 @@ def default_of(results: list[Result]) -> Result:
 
 
 def compare(
-    seed: int, length_s: float, jobs: int, progress: Callable[[Result], None]
+    seed: int, length_s: float, shape: str, jobs: int, progress: Callable[[Result], None]
 ) -> list[Result]:
     """Run them all; the fixed splits come last, for they follow from what the autoscaler used."""
     with ProcessPoolExecutor(jobs) as pool:
         results = []
         for ways in (scaling_ways, lambda: _fixed(results, length_s)):
-            for result in pool.map(_run, ((way, seed, length_s) for way in ways())):
+            for result in pool.map(_run, ((way, seed, length_s, shape) for way in ways())):
                 progress(result)
                 results.append(result)
     return results
@@ -136,15 +138,17 @@ class _Utilisation:
     prefill: float
     decode: float
     by_batch: bool
+    least: int
 
     def __call__(self) -> Scaler:
-        return Utilisation(self.prefill, self.decode, self.by_batch, MOST)
+        return Utilisation(self.prefill, self.decode, self.by_batch, MOST, self.least)
 
 
-def _run(job: tuple[Way, int, float]) -> Result:
-    way, seed, length_s = job
+def _run(job: tuple[Way, int, float, str]) -> Result:
+    way, seed, length_s, shape = job
     model = store.resolve(ModelSpec(id="simulated"), lambda what, fraction: None)
-    outcome = run(way.name, way.scaler(), way.begin, seed, Vocabulary(model.path), length_s)
+    vocabulary = Vocabulary(model.path)
+    outcome = run(way.name, way.scaler(), way.begin, seed, vocabulary, length_s, shape)
     return _result(way, outcome)
 
 

@@ -25,12 +25,14 @@ STYLE = """
   .line { fill: none; stroke-width: 2; stroke-linejoin: round }
   .c0 { stroke: #0969da } .f0 { fill: #0969da } .c1 { stroke: #8250df } .f1 { fill: #8250df }
   .c2 { stroke: #bc4c00 } .f2 { fill: #bc4c00 } .c3 { stroke: #9a6700 } .f3 { fill: #9a6700 }
-  .c4 { stroke: #57606a } .f4 { fill: #57606a } .dash { stroke-dasharray: 5 4 }
+  .c4 { stroke: #cf222e } .f4 { fill: #cf222e } .c5 { stroke: #1a7f37 } .f5 { fill: #1a7f37 }
+  .c6 { stroke: #57606a } .f6 { fill: #57606a } .dash { stroke-dasharray: 5 4 }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3 } .faint { fill: #9198a1 }
     .c0 { stroke: #58a6ff } .f0 { fill: #58a6ff } .c1 { stroke: #d2a8ff } .f1 { fill: #d2a8ff }
     .c2 { stroke: #ffa657 } .f2 { fill: #ffa657 } .c3 { stroke: #e3b341 } .f3 { fill: #e3b341 }
-    .c4 { stroke: #9198a1 } .f4 { fill: #9198a1 }
+    .c4 { stroke: #ff7b72 } .f4 { fill: #ff7b72 } .c5 { stroke: #56d364 } .f5 { fill: #56d364 }
+    .c6 { stroke: #9198a1 } .f6 { fill: #9198a1 }
   }
 """
 SERIES = (
@@ -39,9 +41,10 @@ SERIES = (
     compare.NO_ROLES,
     compare.BUSY,
     compare.BATCH,
+    compare.BATCH_TWO,
     compare.FIXED,
 )
-PREFILL, DECODE = 0, 2  # colours of the two sides
+PREFILL, DECODE = 0, 3  # colours of the two sides
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +81,9 @@ class Panel:
         yield f'<path class="axis" d="M{LEFT} {self.top}V{bottom}H{WIDTH - RIGHT}"/>'
 
 
-def draw(results: list[Result], seed: int, length_s: float) -> str:
+def draw(results: list[Result], seed: int, length_s: float, shape: str) -> str:
     """The whole picture."""
-    day = Day(seed, length_s)
+    day = Day(seed, length_s, shape)
     parts = [
         *_attainment(results),
         *_load(day),
@@ -107,6 +110,7 @@ def _attainment(results: list[Result]) -> Iterable[str]:
         f"TPOT {1e3 * (TARGET.tpot_s or 0):g} ms) against worker-hours"
     )
     yield from panel.frame(title, xs, ys, "{:g}".format, "{:.0%}".format)
+    yield _text(WIDTH / 2, panel.top + panel.height + 38, "worker-hours", "small faint", "middle")
     for number, series in enumerate(SERIES):
         points = sorted((r.worker_hours, r.kept) for r in results if r.series == series)
         places = [panel.at(*point) for point in points]
@@ -114,7 +118,7 @@ def _attainment(results: list[Result]) -> Iterable[str]:
             yield f'<path class="line c{number}" d="{_path(places)}"/>'
         for x, y in places:
             yield f'<circle class="f{number}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
-        x, y = WIDTH - RIGHT - 230, panel.top + panel.height - 100 + 20 * number
+        x, y = WIDTH - RIGHT - 230, panel.top + panel.height - 140 + 20 * number
         yield f'<circle class="f{number}" cx="{x}" cy="{y - 4}" r="4.5"/>'
         yield _text(x + 12, y, series, "small")
 
@@ -151,7 +155,7 @@ def _replicas(default: Result, length_s: float) -> Iterable[str]:
             places.append((x, y))
         dash = " dash" if name == "decode" else ""
         yield f'<path class="line c{colour}{dash}" d="{_path(places)}"/>'
-        x = LEFT + 330 + 80 * (name == "decode")
+        x = LEFT + 420 + 80 * (name == "decode")
         yield _text(x, panel.top - 12, name, f"small f{colour}")
 
 

@@ -65,9 +65,11 @@ def run(
     seed: int,
     vocabulary: Vocabulary,
     length_s: float,
+    shape: str = "level",
 ) -> Outcome:
     """Replay the day in virtual time. The same arguments give the same outcome."""
-    return virtual_time.run(_replay(name, scaler, begin, seed, vocabulary, length_s))
+    day = Day(seed, length_s, shape)
+    return virtual_time.run(_replay(name, scaler, begin, seed, vocabulary, day))
 
 
 async def _replay(
@@ -76,9 +78,10 @@ async def _replay(
     begin: tuple[int, int],
     seed: int,
     vocabulary: Vocabulary,
-    length_s: float,
+    day: Day,
 ) -> Outcome:
     loop = asyncio.get_running_loop()
+    length_s = day.length_s
     fleet = Fleet(vocabulary, seed)
     fleet.start(Role.PREFILL, begin[0], load_s=0.0)
     fleet.start(Role.DECODE, begin[1], load_s=0.0)
@@ -103,7 +106,7 @@ async def _replay(
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(control())
-        for arrival in Day(seed, length_s).arrivals(seed):
+        for arrival in day.arrivals(seed):
             await asyncio.sleep(arrival.at_s - loop.time())
             meter.arrived(arrival)
             tasks.create_task(one(arrival))

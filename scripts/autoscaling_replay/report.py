@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from autoscaling_replay.compare import Result
 
-BEGIN = "<!-- begin: written by scripts/replay_autoscaling --write -->"
 END = "<!-- end -->"
+
+
+def begin(shape: str) -> str:
+    """The line that the table of a day comes after."""
+    return f"<!-- begin {shape}: written by scripts/replay_autoscaling --write -->"
 
 
 def table(results: list[Result]) -> str:
@@ -24,10 +28,10 @@ def table(results: list[Result]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def with_table(page: str, results: list[Result]) -> str:
+def with_table(page: str, results: list[Result], shape: str) -> str:
     """The page with the table anew. Raises: ValueError if it has no place for it."""
-    before, begin, rest = page.partition(BEGIN)
+    before, found, rest = page.partition(begin(shape))
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page has no lines {BEGIN} and {END}; put them back")
-    return f"{before}{BEGIN}\n\n{table(results)}\n{END}{after}"
+    if not found or not end:
+        raise ValueError(f"the page has no lines {begin(shape)} and {END}; put them back")
+    return f"{before}{begin(shape)}\n\n{table(results)}\n{END}{after}"

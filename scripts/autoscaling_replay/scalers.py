@@ -57,6 +57,7 @@ class Utilisation:
     decode_target: float
     by_batch: bool  # decode: how full the batch is, in place of the share of time it is not empty
     most: int
+    least: int = 1
     window_s: float = 30.0
     stabilisation_s: float = 300.0
     tolerance: float = 0.1
@@ -85,7 +86,7 @@ class Utilisation:
         while past[0][0] < now_s - self.stabilisation_s:
             past.popleft()
         want = want if want > has else min(has, max(w for _, w in past))
-        want = max(1, min(want, self.most, max(4, 2 * has)))
+        want = max(self.least, min(want, self.most, max(4, 2 * has)))
         if want > has:
             return [ScaleUp(role.value, want - has, "")]
         return [ScaleDown(role.value, has - want, "")] if want < has else []

@@ -2,23 +2,22 @@
 
 Two kinds of requests. Readers bring long prompts and want short answers (summaries, retrieval);
 writers the reverse (chat, code). In the morning most are readers, in the evening most are writers.
-Bursts come on top, each of one kind only.
+Bursts come on top, each of one kind only. There are two such days:
+
+    level    one wave, four times as much at noon as at night; bursts stand there at once
+    peaks    readers have their hours before noon, writers in the evening, at night there are few
+             of both; bursts build up within a minute
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
 LENGTH_S = 7200.0
-MEAN_PER_S = 4.0
-SWING = 0.6  # of the day's wave around the mean
 BURST_EVERY_S = 900.0
-BURST_S = (60.0, 240.0)
-BURST_PER_S = (2.0, 5.0)
-READERS = (0.85, 0.15)  # share in the morning, in the evening
 LONGEST_PROMPT_TOKENS, LONGEST_ANSWER_TOKENS = 16_000, 1500
 
 
@@ -47,44 +46,95 @@ class Burst:
     ends_s: float
     per_s: float
     kind: Kind
+    build_up_s: float
+
+    def at(self, at_s: float) -> float:
+        """Requests per second that it adds."""
+        if not self.begins_s <= at_s < self.ends_s:
+            return 0.0
+        since_s = at_s - self.begins_s
+        return self.per_s * min(1.0, since_s / self.build_up_s) if self.build_up_s else self.per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One sort of day. `readers`, `writers`: requests per second at a moment of it, from 0 to 1;
+    together at most `highest_per_s`."""
+
+    readers: Callable[[float], float]
+    writers: Callable[[float], float]
+    highest_per_s: float
+    burst_s: tuple[float, float]
+    burst_per_s: tuple[float, float]
+    build_up_s: float
+
+
+def _level(of_day: float) -> float:
+    return 4.0 * (1 - 0.6 * math.cos(2 * math.pi * of_day))
+
+
+def _share_of_readers(of_day: float) -> float:
+    """From 85 % to 15 %; the change takes about a sixth of the day, around noon."""
+    return 0.85 - 0.7 / (1 + math.exp(-24 * (of_day - 0.5)))
+
+
+def _peak(night_per_s: float, peak_per_s: float, peak_at: float) -> Callable[[float], float]:
+    def per_s(of_day: float) -> float:
+        far = (of_day - peak_at) / 0.14
+        return night_per_s + (peak_per_s - night_per_s) * math.exp(-far * far)
+
+    return per_s
+
+
+SHAPES = {
+    "level": Shape(
+        readers=lambda of_day: _level(of_day) * _share_of_readers(of_day),
+        writers=lambda of_day: _level(of_day) * (1 - _share_of_readers(of_day)),
+        highest_per_s=6.4,
+        burst_s=(60.0, 240.0),
+        burst_per_s=(2.0, 5.0),
+        build_up_s=0.0,
+    ),
+    "peaks": Shape(
+        readers=_peak(0.3, 5.5, peak_at=0.35),
+        writers=_peak(0.4, 6.0, peak_at=0.7),
+        highest_per_s=11.5,
+        burst_s=(120.0, 300.0),
+        burst_per_s=(1.0, 4.0),
+        build_up_s=60.0,
+    ),
+}
 
 
 class Day:
     """The rate and the mix at every moment."""
 
-    def __init__(self, seed: int, length_s: float = LENGTH_S) -> None:
+    def __init__(self, seed: int, length_s: float = LENGTH_S, shape: str = "level") -> None:
         self.length_s = length_s
+        self.shape = SHAPES[shape]
         rng = Random(f"{seed} day")
         count = max(1, round(length_s / BURST_EVERY_S))
         self.bursts = tuple(self._burst(rng, number / count, count) for number in range(count))
 
     def _burst(self, rng: Random, share: float, count: int) -> Burst:
         begins_s = (share + rng.uniform(0.2, 0.8) / count) * self.length_s
-        ends_s = begins_s + rng.uniform(*BURST_S)
-        return Burst(begins_s, ends_s, rng.uniform(*BURST_PER_S), rng.choice((READER, WRITER)))
-
-    def per_s(self, at_s: float) -> float:
-        """Of the day alone."""
-        return MEAN_PER_S * (1 - SWING * math.cos(2 * math.pi * at_s / self.length_s))
-
-    def readers(self, at_s: float) -> float:
-        """Their share; the change takes about a sixth of the day, around noon."""
-        turned = 1 / (1 + math.exp(-24 * (at_s / self.length_s - 0.5)))
-        return READERS[0] + (READERS[1] - READERS[0]) * turned
+        shape = self.shape
+        ends_s = begins_s + rng.uniform(*shape.burst_s)
+        per_s = rng.uniform(*shape.burst_per_s)
+        return Burst(begins_s, ends_s, per_s, rng.choice((READER, WRITER)), shape.build_up_s)
 
     def rates(self, at_s: float) -> dict[Kind, float]:
         """Requests per second of either kind, bursts included."""
-        readers = self.per_s(at_s) * self.readers(at_s)
-        rates = {READER: readers, WRITER: self.per_s(at_s) - readers}
+        of_day = at_s / self.length_s
+        rates = {READER: self.shape.readers(of_day), WRITER: self.shape.writers(of_day)}
         for burst in self.bursts:
-            if burst.begins_s <= at_s < burst.ends_s:
-                rates[burst.kind] += burst.per_s
+            rates[burst.kind] += burst.at(at_s)
         return rates
 
     def arrivals(self, seed: int) -> Iterator[Arrival]:
         """Poisson at the changing rates, by thinning."""
         rng = Random(f"{seed} arrivals")
-        highest = MEAN_PER_S * (1 + SWING) + len(self.bursts) * BURST_PER_S[1]
+        highest = self.shape.highest_per_s + len(self.bursts) * self.shape.burst_per_s[1]
         at_s = 0.0
         while (at_s := at_s + rng.expovariate(highest)) < self.length_s:
             drawn, rates = rng.random() * highest, self.rates(at_s)

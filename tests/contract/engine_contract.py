@@ -6,6 +6,7 @@ Each of those defines a fixture `pair` (engine_pair.Pair) and imports `*` from h
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import uuid
 from typing import Any
@@ -19,6 +20,8 @@ from contract.kv_flows import PULLING, Caller, ids_of, over_kv, transfer_params
 
 from cluster.engines.client import EngineClient
 from cluster.errors import EngineFailed
+from cluster.identity import Role
+from cluster.topology.schema import IslandSpec, PoolSpec
 
 WORDS = ("river", "mountain", "library", "garden", "letter", "market", "harbour", "engine")
 
@@ -258,6 +261,27 @@ async def test_decode_takes_the_prompt_over_kv_and_answers_like_one_engine(pair:
     # Who pushes keeps nothing for anybody.
     kept = [] if pair.connector == "ascend_layerwise" else ["granted", "taken"]
     assert await eventually(lambda: pair.prefill.recorded(request_id) == kept)
+
+
+async def test_an_engine_whose_role_is_free_serves_the_other_role_as_it_runs(pair: Pair):
+    pool = PoolSpec(name="p", role=Role.DECODE, engine=pair.decode.adapter.name)
+    island = IslandSpec(name="i", pools=["p"], connector=pair.connector)
+    if pair.decode.adapter.why_fixed_role(pool, island):
+        pytest.skip(f"not over {pair.connector}")
+    turned = dataclasses.replace(pair, prefill=pair.decode, decode=pair.prefill)
+    async with session() as opened:
+        prefill, decode = Caller(turned.prefill, opened), Caller(turned.decode, opened)
+        prompt = text_of(120)
+        alone = await ids_of(pair, prefill, prompt, 12)
+        before = await sample_of(turned.decode)
+        request_id = uuid.uuid4().hex
+        ours = await over_kv(turned, prefill, decode, prompt, 12, prefill_id=request_id)
+        assert ours == alone
+        assert await eventually(lambda: turned.prefill.recorded(request_id) == ["granted", "taken"])
+        assert (await sample_of(turned.decode)).external_tokens > before.external_tokens
+        # And back again, with what each of them holds by now.
+        back = await over_kv(pair, decode, prefill, text_of(60), 12)
+        assert len(back) == 12
 
 
 async def test_decode_records_what_it_pulled(pair: Pair):

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,25 @@ class Cluster:
         raise AssertionError(f"no worker {name} in {self.status()}")
 
     @property
+    def control_port(self) -> int:
+        serving = yaml.safe_load(self.topology.read_text())["metadata"]["serving"]
+        return int(serving["control"]["port"])
+
+    def control(self, path: str) -> Any:
+        """What the control API answers; quicker than the CLI, for those who ask again and again."""
+        token = (ClusterPaths(self.name).state / "control-token").read_text().strip()
+        return http_json(f"http://127.0.0.1:{self.control_port}/v1/{path}", key=token, timeout_s=30)
+
+    def workers(self) -> dict[str, dict[str, Any]]:
+        """By name (POOL/INDEX): the newest generation of each, as the control API has it."""
+        found: dict[str, dict[str, Any]] = {}
+        for worker in sorted(
+            self.control("status")["workers"], key=lambda worker: worker["id"]["generation"]
+        ):
+            found["{pool}/{index}".format(**worker["id"])] = worker
+        return found
+
+    @property
     def engine_key(self) -> str:
         return ClusterPaths(self.name).engine_key.read_text().strip()
 
@@ -171,8 +190,11 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(file: str, tmp: Path) -> Iterator[Cluster]:
-    """`pdcluster up` on a copy of a shipped topology with a free port and its own name."""
+def running_cluster(
+    file: str, tmp: Path, edit: Callable[[dict[str, Any]], None] | None = None
+) -> Iterator[Cluster]:
+    """`pdcluster up` on a copy of a shipped topology with a free port and its own name. `edit`
+    changes its `metadata.serving`."""
     parsed = yaml.safe_load((ROOT / "topologies" / file).read_text())
     port = free_port()
     parsed["cluster_name"] = f"e2e-{parsed['cluster_name']}"
@@ -181,6 +203,8 @@ def running_cluster(file: str, tmp: Path) -> Iterator[Cluster]:
     # In bfloat16 the batch's shape shows in the last bit, and greedy choices of a small model turn
     # on it (measured: 6 of 10 outputs equal); float32 is equal token by token.
     parsed["metadata"]["serving"]["model"]["dtype"] = "float32"
+    if edit is not None:
+        edit(parsed["metadata"]["serving"])
     topology = tmp / file
     topology.write_text(yaml.safe_dump(parsed))
     try:
@@ -194,8 +218,15 @@ def running_cluster(file: str, tmp: Path) -> Iterator[Cluster]:
 
 
 def reference_answers(log_path: Path) -> list[Prompt]:
-    """What one plain vLLM server (no connector, no speculation) answers to every prompt."""
-    model = store.resolve(ModelSpec(id=MODEL), lambda _what, _fraction: None)
+    """What one plain vLLM server answers to every prompt."""
+    with plain_vllm(MODEL, 8192, log_path) as url:
+        return [_reference(prompt, url) for prompt in prompts()]
+
+
+@contextlib.contextmanager
+def plain_vllm(model_id: str, max_model_len_tokens: int, log_path: Path) -> Iterator[str]:
+    """The URL of one vLLM server without connector and without speculation."""
+    model = store.resolve(ModelSpec(id=model_id), lambda _what, _fraction: None)
     port = free_port()
     env = os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -207,16 +238,17 @@ def reference_answers(log_path: Path) -> list[Prompt]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model.path]
-    argv += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
-    argv += ["--dtype", "float32", "--max-model-len", "8192", "--enforce-eager"]
+    argv += ["--served-model-name", model_id, "--host", "127.0.0.1", "--port", str(port)]
+    argv += ["--dtype", "float32", "--max-model-len", str(max_model_len_tokens), "--enforce-eager"]
     argv += ["--kv-cache-memory-bytes", "512M", "--distributed-executor-backend", "uni"]
     with log_path.open("w") as log:
         server = subprocess.Popen(
             argv, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
         )
     try:
-        _wait_until_healthy(f"http://127.0.0.1:{port}/health", server, log_path)
-        return [_reference(prompt, port) for prompt in prompts()]
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_healthy(f"{url}/health", server, log_path)
+        yield url
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
@@ -235,10 +267,10 @@ def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) ->
     pytest.fail(f"reference vLLM not ready in 240 s\n{log.read_text()[-4000:]}")
 
 
-def _reference(prompt: Prompt, port: int) -> Prompt:
+def _reference(prompt: Prompt, url: str) -> Prompt:
     body = {"model": MODEL, "messages": prompt.messages, "temperature": 0}
     body |= {"max_tokens": ANSWER_TOKENS, "return_token_ids": True}
-    answer = http_json(f"http://127.0.0.1:{port}/v1/chat/completions", body)
+    answer = http_json(f"{url}/v1/chat/completions", body)
     choice = answer["choices"][0]
     return Prompt(
         name=prompt.name,

@@ -7,9 +7,13 @@ is what people copy: other addresses, and node types that say what H200 and Atla
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import os
 import re
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +34,7 @@ CLUSTER = "rack-e2e"
 # What is not a host's own: its first process, sshd and its sessions, and who looks. An ssh that
 # Ray keeps open for its next command ends by itself after ten seconds.
 _NOT_OURS = re.compile(r"_init \d+$|sshd|^ps |ray_ssh_")
+_CLONE_NEWNET = 0x40000000
 
 
 def address(host: int) -> str:
@@ -77,6 +82,30 @@ class Hosts:
         """Processes by the very name of their program."""
         found = self.run(host, "pgrep", "-x", program, check=False)
         return [int(pid) for pid in found.stdout.split()]
+
+    def connect(self, host: int, to: int, port: int) -> socket.socket:
+        """A TCP connection from one host to another, in this process's hands."""
+        made: list[socket.socket | OSError] = []
+
+        def enter_and_connect() -> None:
+            # The network namespace is the thread's own; a socket stays in the one it was made in.
+            space = os.open(f"/run/netns/{self.name}n{host}", os.O_RDONLY)
+            try:
+                if ctypes.CDLL(None, use_errno=True).setns(space, _CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), "setns")
+                made.append(socket.create_connection((address(to), port), timeout=240))
+            except OSError as error:
+                made.append(error)
+            finally:
+                os.close(space)
+
+        thread = threading.Thread(target=enter_and_connect)
+        thread.start()
+        thread.join()
+        (found,) = made
+        if isinstance(found, OSError):
+            raise found
+        return found
 
     def left(self, host: int) -> list[str]:
         """What is on a host that it did not have when it was made: processes, ports that are
@@ -168,6 +197,7 @@ def _serving(serving: dict[str, Any]) -> dict[str, Any]:
     ]
     serving["islands"] = [{"name": "cpu", "pools": list(labels), "connector": "nixl"}]
     serving["model"] |= {"dtype": "float32", "max_model_len_tokens": 2048}
+    serving["model"]["tool_call_parser"] = "hermes"
     for section in ("gateway", "control"):
         serving[section]["host"] = address(HEAD)
     return serving

@@ -6,10 +6,12 @@ The tests of each part run in their order on one cluster, as its life goes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from e2e.hosts_rack import (
     rack,
     wait_for,
 )
+from e2e.streams import Crowd, Told, asks, compare, pauses
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -192,54 +195,105 @@ def test_up_again_and_a_changed_file_leave_alone_what_has_not_changed(up: Rack) 
     assert up.chat("Say yes.")["route"] == "disaggregated"
 
 
-def test_a_host_cut_off_in_mid_traffic_leaves_and_requests_go_to_those_that_remain(
-    up: Rack,
-) -> None:
-    log = up.hosts.shared / "traffic.jsonl"
-    log.touch()
+# hosts and networks that fail under requests; `crowd` sends ten of them from the operator's host
+
+
+@pytest.fixture(scope="module")
+def crowd(up: Rack) -> Callable[[], Crowd]:
     key = up.hosts.run(HEAD, "cat", f".local/state/pdcluster/{CLUSTER}/api-key").stdout.strip()
-    url = f"http://{address(HEAD)}:8000/v1/chat/completions"
-    script = Path(__file__).with_name("hosts_traffic.py")
-    traffic = subprocess.Popen(
-        up.hosts.command(
-            *(OPERATOR, "env", f"PDCLUSTER_API_KEY={key}"),
-            *("python3", str(script), url, str(log), "2"),
-        )
-    )
+    salts = itertools.count()
 
-    def outcomes() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in log.read_text().splitlines()]
+    def send() -> Crowd:
+        salt = f"rack{next(salts)}"
+        return Crowd(lambda: up.hosts.connect(OPERATOR, HEAD, 8000), key, asks(tokens=40), salt)
 
-    def answered_by(decode: str, after_s: float = 0.0) -> list[dict[str, Any]] | None:
-        found = [o for o in outcomes() if o.get("decode") == decode and o["begun_s"] > after_s]
-        return found or None
+    return send
 
-    try:
-        wait_for(lambda: answered_by("decode-cpu/0"), 60, "the host answers")
-        wait_for(lambda: answered_by("decode-atlas/0"), 60, "the other answers")
+
+@pytest.fixture(scope="module")
+def undisturbed(crowd: Callable[[], Crowd]) -> list[Told]:
+    """What the ten are answered when nothing is wrong."""
+    with crowd() as sent:
+        told = sent.told()
+    assert {one.decode for one in told} == {"decode-atlas/0", "decode-cpu/0"}
+    assert not [one.failure for one in told if one.failure]
+    return told
+
+
+def gone(up: Rack, worker: str) -> bool | None:
+    return up.workers().get(worker, {}).get("state") != "ready" or None
+
+
+def test_hosts_that_cannot_pull_from_prefill_lose_no_request_and_no_block(
+    up: Rack, crowd: Callable[[], Crowd], undisturbed: list[Told]
+) -> None:
+    # Packets from decode arrive at prefill's host, and nothing comes back: a link cut without a
+    # word. Both hosts and the head still hear each other.
+    cut = ("ip", "route", "add", "blackhole", address(ATLAS))
+    with crowd() as sent:
+        sent.begun(1)
+        up.hosts.run(H200, *cut)
+        try:
+            with crowd() as later:
+                compare(later, undisturbed)
+            compare(sent, undisturbed)
+        finally:
+            up.hosts.run(H200, *(word.replace("add", "del") for word in cut))
+    routes = Counter((one.decode, one.route) for one in later.live)
+    longest_s = max(one.came_s[-1] - one.sent_s for one in later.live)
+    print(f"{dict(routes)}, the longest took {longest_s:.1f} s")
+
+    def nothing_pinned() -> bool | None:
+        workers = up.workers().values()
+        pinned = [(w["counters"]["leases_open"], w["load"]["kv_usage"]) for w in workers]
+        return all(pair == (0, 0) for pair in pinned) or None
+
+    wait_for(nothing_pinned, 90, "no block is pinned")
+    with crowd() as sent:
+        told = compare(sent, undisturbed)
+    assert {one.decode for one in told} == {"decode-atlas/0", "decode-cpu/0"}
+    assert {one.route for one in told} == {"disaggregated"}
+
+
+def test_a_host_killed_in_mid_traffic_loses_no_request_and_serves_again_once_it_is_back(
+    up: Rack, crowd: Callable[[], Crowd], undisturbed: list[Told]
+) -> None:
+    with crowd() as sent:
+        sent.begun()
+        broken = sent.streaming(4, "decode-cpu/0")
+        killed_s = time.monotonic()
+        up.hosts.tool("kill", str(CPU))
+        compare(sent, undisturbed)
+    assert broken
+    print(pauses(sent, broken, killed_s))
+    wait_for(lambda: gone(up, "decode-cpu/0"), 60, "its worker is missed")
+    up.hosts.tool("boot", str(CPU))
+
+    def serves() -> bool | None:
+        return up.workers().get("decode-cpu/0", {}).get("state") == "ready" or None
+
+    wait_for(serves, 150, "the host serves again")
+    with crowd() as sent:
+        told = compare(sent, undisturbed)
+    assert {one.decode for one in told} == {"decode-atlas/0", "decode-cpu/0"}
+
+
+def test_a_host_cut_off_in_mid_traffic_leaves_and_its_streams_go_on_with_those_that_remain(
+    up: Rack, crowd: Callable[[], Crowd], undisturbed: list[Told]
+) -> None:
+    with crowd() as sent:
+        sent.begun()
+        broken = sent.streaming(4, "decode-cpu/0")
+        cut_s = time.monotonic()
         up.hosts.tool("cut", str(CPU))
-        cut_s = time.time()
-
-        def gone() -> float | None:
-            states = {name: worker["state"] for name, worker in up.workers().items()}
-            return time.time() if states.get("decode-cpu/0") != "ready" else None
-
-        gone_s = wait_for(gone, 90, "its worker leaves the snapshot")
-        wait_for(lambda: answered_by("decode-atlas/0", gone_s), 60, "requests go on")
-        time.sleep(5)
-    finally:
-        log.with_name(f"{log.name}.stop").touch()
-        traffic.wait(150)
-    later = [outcome for outcome in outcomes() if outcome["begun_s"] > gone_s]
-    assert later
-    assert all(outcome["ok"] for outcome in later)
-    assert {outcome["decode"] for outcome in later} == {"decode-atlas/0"}
-    lost = [outcome for outcome in outcomes() if not outcome["ok"]]
-    longest_s = max(outcome["ended_s"] - outcome["begun_s"] for outcome in outcomes())
-    print(
-        f"gone after {gone_s - cut_s:.1f} s; of {len(outcomes())} requests {len(lost)} lost, "
-        f"the longest took {longest_s:.1f} s"
-    )
+        wait_for(lambda: gone(up, "decode-cpu/0"), 90, "its worker leaves the snapshot")
+        gone_s = time.monotonic()
+        compare(sent, undisturbed)
+        with crowd() as later:
+            told = compare(later, undisturbed)
+    assert broken
+    assert {one.decode for one in told} == {"decode-atlas/0"}
+    print(f"gone after {gone_s - cut_s:.1f} s; {pauses(sent, broken, cut_s)}")
 
 
 def test_down_leaves_nothing_on_any_host_also_on_one_that_was_cut_off(up: Rack) -> None:

@@ -353,6 +353,8 @@ async def test_drafts_are_counted_and_change_no_output(tmp_path: Path):
             assert await ids_of(pair, quick, "hello", 500) == await ids_of(pair, slow, "hello", 500)
             sample = await sample_of(drafting)
     assert 1 + sample.spec_accepted / sample.spec_drafts == pytest.approx(3.5, abs=0.2)
+    assert len(sample.spec_accepted_per_position) == 4
+    assert sum(sample.spec_accepted_per_position) == sample.spec_accepted
 
 
 async def test_hundreds_of_streams_at_once_in_little_memory(tmp_path: Path):

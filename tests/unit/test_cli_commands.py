@@ -115,6 +115,11 @@ def test_a_wrong_command_line_exits_2(words, home):
         ["logs", "decode/0"],
         ["transfers", "r"],
         ["transfers", "r", "--topology", VALID],
+        ["scale", "decode", "2"],
+        ["drain", "decode/0", "--topology", VALID],
+        ["apply", VALID, "--yes"],
+        ["events"],
+        ["changes"],
         ["chat", "x"],
     ],
 )
@@ -123,7 +128,19 @@ def test_a_command_that_needs_a_cluster_exits_1_and_says_how_to_start_one(words,
     assert "pdcluster up FILE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["status"], ["logs", "decode/0"], ["transfers", "r"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status"],
+        ["logs", "decode/0"],
+        ["transfers", "r"],
+        ["scale", "decode", "2"],
+        ["role", "decode/0", "prefill"],
+        ["drain", "decode/0"],
+        ["changes"],
+        ["events"],
+    ],
+)
 def test_commands_that_ask_the_control_api_import_neither_ray_nor_a_server(words, home):
     script = "import sys; from cluster.cli.main import run; run(sys.argv[1:]); print(*sys.modules)"
     env = {
@@ -270,7 +287,13 @@ def status():
         node_ip="127.0.0.1",
         url="http://127.0.0.1:20001",
         started_at_s=150.0,
-        counters=Counters(spec_drafts=10, spec_accepted=15, tokens_pulled=37, bytes_pulled=4096),
+        counters=Counters(
+            spec_drafts=10,
+            spec_accepted=15,
+            spec_accepted_per_position=(9, 6),
+            tokens_pulled=37,
+            bytes_pulled=4096,
+        ),
     )
     moved = WorkerMoved(worker, WorkerState.STARTING, WorkerState.LOADING, "")
     link = Link("prefill", "decode", "nixl", 30.0, "recompute")
@@ -292,7 +315,9 @@ def test_status_is_json_with_the_keys_that_scripts_read():
     parsed = json.loads(json.dumps(view))
     worker = parsed["workers"][0]
     assert (worker["name"], worker["generation"], worker["state"]) == ("decode/0", 2, "loading")
-    assert worker["acceptance_length"] == 2.5
+    for part in (worker, parsed["pools"][0]):
+        assert part["acceptance_length"] == 2.5
+        assert part["acceptance_per_position"] == [0.9, 0.6]
     assert worker["url"] == "http://127.0.0.1:20001"
     assert parsed["links"][0]["is_open"] is False
     assert parsed["up_for_s"] == 100.0
@@ -309,5 +334,6 @@ def test_status_draws_what_is_not_well_and_why(capsys):
         "prefill/0 cannot feed decode/0: [KV] block size",
         "TTFT p50 30 ms",
         "4.0 KiB",
+        "2.50 (90% 60%)",
     ):
         assert part in said

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.control.reconcile import (
     Drain,
+    Flip,
     Observed,
     PoolWanted,
     Remove,
@@ -19,7 +20,7 @@ from cluster.control.reconcile import (
     pause_s,
     reconcile,
 )
-from cluster.identity import WorkerId, WorkerState
+from cluster.identity import Role, WorkerId, WorkerState
 from cluster.topology.schema import HealthSpec
 
 HEALTH = HealthSpec(restart_backoff_s=1.0, restart_backoff_max_s=8.0)
@@ -231,3 +232,117 @@ def test_a_slot_never_gets_a_generation_twice_nor_two_workers(pool, observed, sl
 @given(pools, observations, histories, st.floats(0, 200))
 def test_every_action_says_why(pool, observed, slots, now_s):
     assert all(a.why for a in reconcile([pool], observed, slots, HEALTH, now_s))
+
+
+def outdated(index=0, generation=1, **more):
+    return worker(index, generation, outdated="its engine is to be told something else", **more)
+
+
+def test_an_outdated_worker_stays_until_the_next_one_has_shown_that_it_stays_ready():
+    slots = {("decode", 0): Slot(1), ("decode", 1): Slot(1)}
+    (start,) = reconcile([POOL], [outdated(0), outdated(1)], slots, HEALTH, 0.0)
+    assert isinstance(start, Start)
+    assert start.worker == WorkerId("decode", 0, 2)
+    beside = [outdated(0), worker(0, 2, ready_for_s=0.1), outdated(1)]
+    assert reconcile([POOL], beside, slots, HEALTH, 0.0) == ()
+    beside = [outdated(0), worker(0, 2, ready_for_s=60), outdated(1)]
+    (drain,) = reconcile([POOL], beside, slots, HEALTH, 0.0)
+    assert drain == Drain(WorkerId("decode", 0, 1), "its engine is to be told something else")
+    held = replace(POOL, may_retire=False)
+    assert reconcile([held], beside, slots, HEALTH, 0.0) == ()
+
+
+def test_one_slot_of_a_pool_is_replaced_at_a_time():
+    slots = {("decode", 0): Slot(2), ("decode", 1): Slot(1)}
+    starting = [outdated(0), worker(0, 2, state=WorkerState.LOADING), outdated(1)]
+    assert reconcile([POOL], starting, slots, HEALTH, 0.0) == ()
+    leaving = [worker(0, 2), outdated(0, state=WorkerState.DRAINING), outdated(1)]
+    assert reconcile([POOL], leaving, slots, HEALTH, 0.0) == ()
+    (start,) = reconcile([POOL], [worker(0, 2), outdated(1)], slots, HEALTH, 0.0)
+    assert start.worker == WorkerId("decode", 1, 2)
+
+
+def test_where_there_is_no_room_for_both_the_old_one_makes_it():
+    slots = {("decode", 0): Slot(2), ("decode", 1): Slot(1)}
+    next_one = worker(0, 2, state=WorkerState.STARTING, unplaced_for_s=11)
+    (drain,) = reconcile([POOL], [outdated(0), next_one, worker(1)], slots, HEALTH, 0.0)
+    assert drain.worker == WorkerId("decode", 0, 1)
+    assert "no room" in drain.why
+
+
+def test_a_replacement_that_failed_is_tried_again_after_its_pause_while_the_old_one_serves():
+    slots = {("decode", 0): Slot(2, 1, not_before_s=10.0, why="exit code 1")}
+    observed = [outdated(0), worker(1)]
+    assert reconcile([POOL], observed, slots, HEALTH, 9.0) == ()
+    (start,) = reconcile([POOL], observed, slots, HEALTH, 10.0)
+    assert start.worker == WorkerId("decode", 0, 3)
+
+
+def test_a_worker_that_is_wanted_again_stays_and_its_replacement_goes():
+    observed = [worker(0, 1, ready_for_s=60), outdated(0, 2), worker(1)]
+    (drain,) = reconcile([POOL], observed, {}, HEALTH, 0.0)
+    assert drain.worker == WorkerId("decode", 0, 2)
+
+
+def test_a_ready_worker_in_another_role_flips_and_one_that_starts_does_not():
+    observed = [
+        worker(0, flips_to=Role.PREFILL),
+        worker(1, state=WorkerState.LOADING, flips_to=Role.PREFILL),
+    ]
+    (flip,) = reconcile([POOL], observed, {}, HEALTH, 0.0)
+    assert flip == Flip(WorkerId("decode", 0, 1), Role.PREFILL, "it is to serve as prefill")
+
+
+@given(pools, st.frozensets(st.integers(0, 9), max_size=4))
+def test_as_many_slots_are_wanted_as_replicas_and_the_kept_ones_first(pool, kept):
+    indices = replace(pool, kept=kept).indices
+    count = min(pool.replicas, pool.most)
+    assert len(indices) == count
+    assert len(kept & indices) == min(len(kept), count)
+    assert all(index in indices for index in range(min(indices - kept, default=0)) if index in kept)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 5),
+    st.booleans(),
+    st.lists(st.booleans(), min_size=5, max_size=5),
+    st.integers(0, 3),
+)
+def test_a_rollout_ends_with_all_workers_new_and_none_missing_meanwhile(
+    replicas, surge, olds, starts_take
+):
+    """Every start takes some rounds and succeeds. With a surge the pool never has fewer that are
+    ready than it wants; without, at most one fewer."""
+    pool = PoolWanted("decode", replicas, most=replicas, surge=surge)
+    workers = {}
+    for index in range(replicas):
+        made = outdated(index) if olds[index] else worker(index, ready_for_s=99)
+        workers[made.id] = made
+    slots = {("decode", index): Slot(1) for index in range(replicas)}
+    age = dict.fromkeys(workers, 99)
+    for round_ in range(200):
+        for found in tuple(workers.values()):
+            age[found.id] += 1
+            if found.state is WorkerState.STOPPED:
+                continue
+            if found.state is WorkerState.DRAINING:
+                workers[found.id] = replace(found, state=WorkerState.STOPPED)
+            elif age[found.id] >= starts_take:
+                ready_for_s = float(age[found.id] - starts_take)
+                workers[found.id] = replace(found, state=WorkerState.READY, ready_for_s=ready_for_s)
+        ready = sum(w.state is WorkerState.READY for w in workers.values())
+        assert ready >= replicas - (0 if surge else 1)
+        assert len(workers) <= replicas + 1
+        for action in reconcile([pool], list(workers.values()), slots, HEALTH, float(round_)):
+            if isinstance(action, Start):
+                slots[action.worker.pool, action.worker.index] = action.slot
+                workers[action.worker] = Observed(action.worker, WorkerState.STARTING)
+                age[action.worker] = 0
+            elif isinstance(action, Drain):
+                drained = workers[action.worker]
+                workers[action.worker] = replace(drained, state=WorkerState.DRAINING)
+            else:
+                del workers[action.worker]
+    assert sorted(w.id.index for w in workers.values()) == list(range(replicas))
+    assert not any(w.outdated for w in workers.values())

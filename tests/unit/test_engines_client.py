@@ -29,6 +29,11 @@ vllm:iteration_tokens_total_bucket{engine="0",le="1.0",model_name="m"} 4.0
 vllm:iteration_tokens_total_bucket{engine="0",le="+Inf",model_name="m"} 7.0
 vllm:iteration_tokens_total_count{engine="0",model_name="m"} 7.0
 vllm:iteration_tokens_total_sum{engine="0",model_name="m"} 70.0
+# TYPE vllm:spec_decode_num_accepted_tokens_per_pos counter
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="0"} 8.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="1"} 3.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="1",model_name="m",position="1"} 2.0
+vllm:spec_decode_num_accepted_tokens_per_pos_created{engine="0",position="2"} 1.7e+09
 # TYPE vllm:cache_config_info gauge
 vllm:cache_config_info{block_size="128",cache_dtype="auto",engine="0"} 1.0
 """
@@ -38,9 +43,11 @@ def test_ranks_are_summed_and_the_fullest_cache_counts():
     sample = parse_sample(TEXT, NAMES)
     assert sample.running == 5
     assert sample.kv_usage == 0.75
+    assert sample.kv_usage_sum == 1.0
     assert sample.generation_tokens == 10
     assert sample.external_tokens == 99
     assert sample.steps == 7
+    assert sample.spec_accepted_per_position == (8, 5)
     assert (sample.block_size_tokens, sample.cache_dtype) == (128, "auto")
 
 
@@ -48,6 +55,7 @@ def test_series_that_are_absent_count_as_nothing():
     sample = parse_sample("", NAMES)
     assert sample.running == sample.spec_drafts == sample.block_size_tokens == 0
     assert sample.cache_dtype == ""
+    assert sample.spec_accepted_per_position == ()
 
 
 async def ask(handler, call, probes=None):
@@ -147,3 +155,26 @@ def test_every_engine_shows_load_and_progress(engine: str):
     names = adapter(engine).metrics
     assert all((names.running, names.waiting, names.kv_usage))
     assert all((names.prompt_tokens, names.generation_tokens, names.steps))
+
+
+@pytest.mark.parametrize(
+    ("status", "is_dead"), [(200, False), (404, False), (500, True), (503, True)]
+)
+async def test_only_a_server_error_where_it_is_defined_means_dead(status, is_dead):
+    async def handler(request):
+        return web.Response(status=status if request.path == "/alive" else 503)
+
+    async def check(client):
+        return await client.check_alive()
+
+    if is_dead:
+        with pytest.raises(EngineFailed, match=f"answered {status}: its /alive says it is dead"):
+            await ask(handler, check, Probes(death="/alive"))
+    else:
+        await ask(handler, check, Probes(death="/alive"))
+    await ask(handler, check, Probes())
+
+
+async def test_an_engine_that_does_not_answer_has_not_said_that_it_is_dead():
+    async with aiohttp.ClientSession() as session:
+        await EngineClient("http://127.0.0.1:1", "", session, Probes(death="/x")).check_alive()

@@ -123,3 +123,8 @@ def test_nodes_of_one_replica_meet_at_rank_0():
     assert (ranks.nodes, ranks.node_rank, ranks.head_host) == (2, 0, "127.0.0.1")
     assert ranks.head_port == 20003
     assert config(launch()).ranks is None
+
+
+def test_a_second_process_is_there_when_it_is_asked_for():
+    assert not config(launch()).core_process
+    assert config(launch(engine_args={"core-process": True})).core_process

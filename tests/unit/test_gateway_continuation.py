@@ -244,6 +244,9 @@ def test_parsed_reasoning_is_not_continued() -> None:
 def test_what_was_sent_is_taken_off_every_limit() -> None:
     left = remaining({"max_tokens": 10, "min_tokens": 2, "seed": 4}, 3)
     assert left == {"max_tokens": 7, "min_tokens": 0, "seed": 4}
+    # The older name says nothing beside the newer one, and as a 0 it would be refused.
+    left = remaining({"max_tokens": 3, "max_completion_tokens": 10}, 5)
+    assert left == {"max_completion_tokens": 5}
     assert is_spent(_request(max_tokens=3), 3)
     assert not is_spent(_request(), 3)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cluster.errors import EngineFailed, NoCapacity
 from cluster.gateway import recovery
 from cluster.gateway.fleet import Fleet
-from cluster.gateway.recovery import Stage, Tries
+from cluster.gateway.recovery import Cause, Ended, Stage, Tries
 from cluster.gateway.route import Conditions, Facts, Route, choose, compile_table
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.kv.fingerprint import differences
@@ -294,7 +294,8 @@ def test_no_request_is_lost_with_a_whole_island(prefills: int, decodes: int, tur
         stage = Stage.DECODE if turn % 2 else Stage.PREFILL
         failed = route.decode if stage is Stage.DECODE else route.prefill
         assert failed is not None
-        tries = recovery.after(tries, route, stage, EngineFailed(failed.id.name, None, "refused"))
+        error = EngineFailed(failed.id.name, None, "refused")
+        tries = recovery.after(tries, route, Ended(Cause.FAILED, stage, error))
         assert tries.may_go_on
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 
 import pytest
 
-from cluster.gateway.upstream import Upstream, UpstreamLost
+from cluster.gateway import liveness
+from cluster.gateway.upstream import NotReached, Upstream, UpstreamLost
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -45,6 +47,7 @@ class Server:
 async def server():
     scripted = Server()
     running = await asyncio.start_server(scripted.serve, "127.0.0.1", 0)
+    scripted.running = running
     scripted.url = f"http://127.0.0.1:{running.sockets[0].getsockname()[1]}"
     yield scripted
     running.close()
@@ -104,13 +107,29 @@ async def test_fresh_connection_that_is_closed_is_lost(server, upstream):
         return False
 
     server.answer = close
-    with pytest.raises(UpstreamLost):
+    with pytest.raises(UpstreamLost) as lost:
         await ask(upstream, server)
+    assert not isinstance(lost.value, NotReached)  # it may have read the request
     assert len(server.requests) == 1
 
 
+async def test_an_engine_that_dies_with_a_request_on_a_kept_connection_may_have_read_it(
+    server, upstream
+):
+    assert await ask(upstream, server) == b"ok"
+
+    async def die(reader, writer):
+        server.running.close()
+        return False
+
+    server.answer = die
+    with pytest.raises(UpstreamLost, match=r"broke the connection, and now .* cannot") as lost:
+        await ask(upstream, server)
+    assert not isinstance(lost.value, NotReached)
+
+
 async def test_nobody_there_is_lost(upstream):
-    with pytest.raises(UpstreamLost, match="cannot be reached"):
+    with pytest.raises(NotReached, match="cannot be reached"):
         await upstream.request("POST", "http://127.0.0.1:9", "/")
     with pytest.raises(UpstreamLost, match="not an engine's address"):
         await upstream.request("POST", "https://127.0.0.1:9", "/")
@@ -187,17 +206,63 @@ async def test_cancelled_request_closes_its_connection(server, upstream):
     await asyncio.wait_for(server.closed.wait(), 5)
 
 
-async def test_drop_breaks_what_is_under_way(server, upstream):
+@pytest.mark.parametrize("is_kept", [False, True])
+async def test_drop_breaks_what_is_under_way_for_good(server, upstream, is_kept):
     async def say_nothing(reader, writer):
         await reader.read()
         return False
 
+    if is_kept:
+        await ask(upstream, server)
+        server.heard.clear()
     server.answer = say_nothing
     task = asyncio.create_task(ask(upstream, server))
     await server.heard.wait()
     upstream.drop(server.url)
     with pytest.raises(UpstreamLost):
         await task
+    assert server.connections == 1
+
+
+async def test_a_stream_that_is_broken_off_hands_over_what_has_come(server, upstream):
+    async def speak(reader, writer):
+        writer.write(CHUNKED + b"3\r\none\r\n")
+        await reader.read()
+        return False
+
+    server.answer = speak
+    async with await upstream.request("POST", server.url, "/") as response:
+        await asyncio.sleep(0.05)
+        response.break_off("it drains")
+        assert await response.next_piece() == b"one"
+        with pytest.raises(UpstreamLost, match="it drains"):
+            await response.next_piece()
+    await asyncio.wait_for(server.closed.wait(), 5)
+
+
+async def test_a_complete_answer_cannot_be_broken_off(server, upstream):
+    async with await upstream.request("POST", server.url, "/") as response:
+        await asyncio.sleep(0.05)
+        response.break_off("it drains")
+        assert await response.next_piece() == b"ok"
+        assert await response.next_piece() == b""
+
+
+async def test_connections_are_probed_by_the_kernel(server, upstream, monkeypatch):
+    probed = []
+    probe = liveness.probe
+    monkeypatch.setattr(liveness, "probe", lambda made: (probed.append(made), probe(made)))
+    async with await upstream.request("POST", server.url, "/"):
+        (connected,) = probed
+        assert connected.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        idle_s, between_s, probes = (
+            connected.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        assert idle_s + between_s * probes <= liveness.CUT_NOTICED_WITHIN_S
+        # It would also end connections to engines that are merely busy.
+        assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
+        assert not liveness.is_cut(connected)
 
 
 async def test_answer_that_nobody_reads_makes_the_engine_wait(server, upstream):

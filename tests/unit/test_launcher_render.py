@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from cluster.engines.base import HostFacts
-from cluster.errors import InvalidInput
 from cluster.launcher import plan
 from cluster.launcher.render import render
 from cluster.models.store import ResolvedModel
@@ -110,13 +109,6 @@ def test_the_desired_state_carries_what_was_found_of_the_model(local_cpu):
 def test_kv_bytes_are_0_where_the_config_does_not_tell(local_cpu):
     model = ResolvedModel("org/m", False, "hub:org/m@main", {}, 8192)
     assert plan.desired_state(local_cpu, model, "", CPU).kv_bytes_per_token == 0
-
-
-def test_automatic_scaling_is_refused_before_anything_starts(local_cpu):
-    scaling = local_cpu.serving.scaling.model_copy(update={"mode": "slo"})
-    serving = local_cpu.serving.model_copy(update={"scaling": scaling})
-    with pytest.raises(InvalidInput, match=r"scaling\.mode: found slo.*write `manual`"):
-        plan.desired_state(local_cpu.model_copy(update={"serving": serving}), MODEL, "", CPU)
 
 
 @pytest.mark.parametrize(

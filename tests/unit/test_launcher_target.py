@@ -199,3 +199,24 @@ def test_a_restart_is_waited_for_only_where_ray_is_known_to_live():
     assert target.of_running(at, {}).control().access.patience_s > 10
     starting = at.model_copy(update={"phase": "starting"})
     assert target.of_running(starting, {}).control().access.patience_s == 0
+
+
+@pytest.mark.parametrize(
+    ("user", "said"),
+    [("ada", "ada@ops"), ("\u00e4da b\x1b", "?da?b?@ops"), ("x" * 200, "x" * 128)],
+)
+def test_who_asks_is_user_and_host_as_a_header_can_carry_it(file, monkeypatch, user, said):
+    monkeypatch.setattr("getpass.getuser", lambda: user)
+    monkeypatch.setattr("socket.gethostname", lambda: "ops")
+    found = target.resolve(file(HOSTS, control={"host": "192.0.2.1"}), None, TOKEN)
+    assert found.control().access.asked_by == said
+
+
+def test_a_user_without_a_name_is_told_by_number(file, monkeypatch):
+    def nameless():
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    found = target.resolve(file(HOSTS, control={"host": "192.0.2.1"}), None, TOKEN)
+    assert found.control().access.asked_by.startswith("uid-12345@")

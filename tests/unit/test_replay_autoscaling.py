@@ -18,7 +18,7 @@ from autoscaling_replay import compare, plot, report, virtual_time  # noqa: E402
 from autoscaling_replay.compare import Result, fixed_ways, scaling_ways  # noqa: E402
 from autoscaling_replay.replay import Moment, run  # noqa: E402
 from autoscaling_replay.scalers import Fixed, Utilisation  # noqa: E402
-from autoscaling_replay.trace import READER, WRITER, Day  # noqa: E402
+from autoscaling_replay.trace import READER, SHAPES, WRITER, Day  # noqa: E402
 
 from cluster.engines.simulated.model import Vocabulary  # noqa: E402
 from cluster.identity import Role  # noqa: E402
@@ -49,15 +49,18 @@ def test_a_wait_for_nothing_is_an_error_not_a_standstill():
         virtual_time.run(stuck())
 
 
-def test_the_day_turns_from_reading_to_writing_and_its_bursts_are_of_one_kind():
-    day = Day(seed=1)
-    assert day.readers(0.0) > 0.8
-    assert day.readers(day.length_s) < 0.2
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_day_turns_from_reading_to_writing_and_its_bursts_are_of_one_kind(shape):
+    day = Day(1, shape=shape)
+    morning, evening = day.rates(0.3 * day.length_s), day.rates(0.7 * day.length_s)
+    assert morning[READER] > 2 * morning[WRITER]
+    assert evening[WRITER] > 2 * evening[READER]
     burst = day.bursts[0]
     other = WRITER if burst.kind is READER else READER
-    before, within = day.rates(burst.begins_s - 0.01), day.rates(burst.begins_s)
-    assert within[burst.kind] - before[burst.kind] == pytest.approx(burst.per_s, abs=0.1)
-    assert within[other] == pytest.approx(before[other], abs=0.1)
+    begun_s = burst.begins_s + burst.build_up_s
+    before, within = day.rates(burst.begins_s - 0.01), day.rates(begun_s)
+    added = within[burst.kind] - before[burst.kind], within[other] - before[other]
+    assert added == pytest.approx((burst.per_s, 0.0), abs=0.3)
 
 
 def test_arrivals_come_at_the_rate_of_the_day():
@@ -118,19 +121,31 @@ def test_fixed_splits_have_the_average_number_two_more_and_the_peak():
 
 def test_the_plot_is_an_svg_with_every_series_and_dark_colours():
     results = [result(), result(compare.FIXED, "4 + 4", worker_hours=16.0, kept=0.99)]
-    text = plot.draw(results, seed=1, length_s=600.0)
+    text = plot.draw(results, seed=1, length_s=600.0, shape="peaks")
     assert ElementTree.fromstring(text).tag.endswith("svg")
     assert "prefers-color-scheme: dark" in text
     assert all(series in text for series in plot.SERIES)
 
 
 def test_the_table_goes_between_its_marks_and_nowhere_else():
-    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    written = report.with_table(page, [result()])
+    begin = report.begin("level")
+    page = f"before\n{begin}\nold\n{report.END}\nafter\n"
+    written = report.with_table(page, [result()], "level")
     assert written.startswith("before\n")
     assert written.endswith("after\n")
     assert "| SLO, headroom 0.15 | 12.50 | 91.0% |" in written
     assert "old" not in written
-    assert report.with_table(written, [result()]) == written
+    assert report.with_table(written, [result()], "level") == written
     with pytest.raises(ValueError, match="put them back"):
-        report.with_table("no marks", [result()])
+        report.with_table(page, [result()], "peaks")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_page_has_a_row_for_every_way_and_the_plot_of_the_day(shape):
+    page = (ROOT / "docs/autoscaling.md").read_text(encoding="utf-8")
+    table = page.partition(report.begin(shape))[2].partition(report.END)[0]
+    rows = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")}
+    assert {way.name for way in scaling_ways()} <= rows
+    assert any(row.startswith(compare.FIXED) for row in rows)
+    assert f"images/autoscaling-{shape}.svg" in page
+    assert (ROOT / f"docs/images/autoscaling-{shape}.svg").exists()

@@ -73,6 +73,7 @@ def test_a_line_of_step_times_is_found_again():
         ([(0.0, 0.1), (math.nan, 0.1), (2.0, -1.0), (3.0, math.inf)], None),
         ([(4.0, 0.1), (4.0, 0.3)], StepModel(0.2, 0.0)),
         ([(1.0, 0.3), (2.0, 0.1)], StepModel(0.2, 0.0)),  # faster with more: noise
+        ([(1.0, 0.1), (1.2, 0.12)], StepModel(0.11, 0.0)),  # too near each other to tell
         ([(1.0, 0.0), (1.0, 0.1), (3.0, 0.4)], None),
     ],
 )

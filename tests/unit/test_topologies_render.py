@@ -27,6 +27,7 @@ NODES = {
 }
 SHIPPED = {
     "local-cpu",
+    "local-glm-mtp",
     "local-mixed",
     "local-simulated-large",
     "h200-single-node",

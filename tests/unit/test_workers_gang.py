@@ -5,7 +5,7 @@ from cluster.workers.gang import merge
 from cluster.workers.report import WorkerReport
 
 
-def report(state, ip="10.0.0.1", message="", rss=10, last_words=()):
+def report(state, ip="10.0.0.1", message="", rss=10, last_words=(), node="n1", lost=0):
     return WorkerReport(
         id=WorkerId("decode", 0, 1),
         role=Role.DECODE,
@@ -16,6 +16,10 @@ def report(state, ip="10.0.0.1", message="", rss=10, last_words=()):
         started_at_s=0.0,
         rss_bytes=rss,
         last_words=last_words,
+        revision="abc",
+        node_id=node,
+        node_ids=(node,),
+        log_lines_lost=lost,
     )
 
 
@@ -62,3 +66,10 @@ def test_a_rank_that_fails_takes_the_requests_along_that_a_draining_head_waits_f
 
 def test_a_gang_whose_head_has_ended_is_what_the_head_is():
     assert merge([report(STOPPED), report(FAILED, "10.0.0.2")]).state is STOPPED
+
+
+def test_a_gang_names_the_nodes_of_all_its_ranks_and_its_revision_once():
+    merged = merge([report(READY), report(READY, "10.0.0.2", node="n2", lost=3)])
+    assert (merged.node_id, merged.node_ids) == ("n1", ("n1", "n2"))
+    assert (merged.revision, merged.log_lines_lost) == ("abc", 3)
+    assert merge([report(READY), report(FAILED, node="n2")]).node_ids == ("n1", "n2")

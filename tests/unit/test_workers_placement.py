@@ -7,7 +7,9 @@ from cluster.workers.placement import (
 )
 
 
-def node(name, free, total=None, **labels):
+def node(name, free, total=None, node_id="", **labels):
+    if node_id:
+        labels["ray.io/node-id"] = node_id
     return NodeFacts(name=name, labels=labels, total=total or free, free=free)
 
 
@@ -65,3 +67,27 @@ def test_a_pool_becomes_bundles_and_options_that_take_a_whole_bundle():
     assert request.bundles == [{"CPU": 2.0, "GPU": 8.0, "NPU": 16.0}] * 2
     assert request.strategy == "STRICT_SPREAD"
     assert request.actor_options == {"num_cpus": 2.0, "num_gpus": 8.0, "resources": {"NPU": 16.0}}
+
+
+def test_avoided_nodes_become_a_label_selector_beside_the_pools_own():
+    pool = PoolSpec.model_validate(
+        {"name": "d", "role": "decode", "placement": {"labels": {"rack": "r1"}}}
+    )
+    assert request_of(pool, ("a1", "b2")).label_selectors == [
+        {"rack": "r1", "ray.io/node-id": "!in(a1,b2)"}
+    ]
+    assert request_of(pool).label_selectors == [{"rack": "r1"}]
+    assert PlacementRequest({}).label_selectors is None
+    assert (
+        PlacementRequest({}, nodes=2, avoided=("a1",)).label_selectors
+        == [{"ray.io/node-id": "!in(a1)"}] * 2
+    )
+
+
+def test_a_drained_node_is_called_that_whatever_else_it_lacks():
+    nodes = [
+        node("10.0.0.1", {"CPU": 8.0}, node_id="a1"),
+        node("10.0.0.2", {"CPU": 0.0}, {"CPU": 8.0}, node_id="b2"),
+    ]
+    text = explain_unplaceable(PlacementRequest({"CPU": 1.0}, avoided=("a1",)), nodes)
+    assert text == "needs a node with CPU 1; on 10.0.0.1: drained; on 10.0.0.2: CPU 0 of 8 free"

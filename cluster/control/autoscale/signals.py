@@ -16,7 +16,8 @@ class PrefillLoad:
     """What is offered to a prefill pool, and how fast one replica of it works."""
 
     requests_per_s: float | None = None  # arrivals, those the gateway refused too
-    prompt_tokens: float | None = None  # mean per request, without prefix hits
+    # Mean per request. Prefix hits are in this and in the speed, or in neither.
+    prompt_tokens: float | None = None
     # Squared coefficients of variation: 1 for exponential gaps and lengths, 0 for a metronome.
     prompt_tokens_squared_cv: float | None = None
     arrivals_squared_cv: float | None = None

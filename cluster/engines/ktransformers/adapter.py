@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from cluster.engines import command
 from cluster.engines.base import Launch, LaunchContext, MetricNames, PortNeed, Probes
 from cluster.engines.sglang import adapter as sglang
 from cluster.engines.sglang.flags import rendezvous_ports, server_flags
@@ -40,6 +41,9 @@ class KTransformersAdapter:
 
     def kv_address(self, context: LaunchContext) -> Mapping[str, str | int]:
         return {}
+
+    def why_fixed_role(self, pool: PoolSpec, island: IslandSpec) -> str:
+        return command.why_fixed_role(pool, "ktransformers hands no KV over: its pools are mixed")
 
     def connector_version(self, context: LaunchContext) -> str:
         return "none"

@@ -52,6 +52,10 @@ class SglangAdapter:
     def kv_address(self, context: LaunchContext) -> Mapping[str, str | int]:
         return kv.address(context)
 
+    def why_fixed_role(self, pool: PoolSpec, island: IslandSpec) -> str:
+        reason = "sglang is started for one role (--disaggregation-mode); another takes a new start"
+        return command.why_fixed_role(pool, reason)
+
     def connector_version(self, context: LaunchContext) -> str:
         connector = context.island.connector
         version = installed(context.python, _TRANSFER_PACKAGES.get(connector, ()))

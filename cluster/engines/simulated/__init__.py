@@ -21,6 +21,7 @@ request    one sequence, one step of it
 events     KV cache events over ZMQ, with replay
 metrics    Prometheus text under vLLM's names
 ranks      the nodes of a replica that spans several
+core       a second process, where one is asked for
 faults     what a test may break
 adapter    how pdcluster starts it (engines.base.EngineAdapter)
 """

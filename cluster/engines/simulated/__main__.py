@@ -24,6 +24,7 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from cluster.engines.simulated.config import KvConfig, SimulatedConfig, meets_in_rooms
+from cluster.engines.simulated.core import keep_core
 from cluster.engines.simulated.engine import Engine
 from cluster.engines.simulated.model import Vocabulary
 from cluster.engines.simulated.ranks import Assembly, follow
@@ -96,7 +97,13 @@ async def run(config: SimulatedConfig) -> None:
         runners.append(await serve_bootstrap(config.kv, engine))
     port = runner.addresses[0][1]
     print(f"simulated engine {engine.engine_id} serves {config.host}:{port}", flush=True)
+    core: asyncio.Task[None] | None = None
+    if config.core_process:
+        core = asyncio.create_task(keep_core(engine.faults, stop.set), name="core process")
     await stop.wait()
+    if core is not None:
+        core.cancel()
+        await asyncio.gather(core, return_exceptions=True)
     for each in runners:
         await each.cleanup()
     if assembly is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cluster.engines import command
 from cluster.engines.base import Launch, LaunchContext, MetricNames, PortNeed, Probes
 from cluster.engines.command import head_port
 from cluster.engines.simulated.config import (
@@ -31,7 +32,8 @@ DEFAULT_BLOCK_SIZE_TOKENS = 16
 DEFAULT_MAX_MODEL_LEN_TOKENS = 131_072
 # `engine_args` that this engine knows.
 _FAULTS, _FAULT_ENDPOINT, _SGLANG_METRICS = "faults", "fault-endpoint", "sglang-metrics"
-_KNOWN_ARGS = {_FAULTS, _FAULT_ENDPOINT, _SGLANG_METRICS}
+_CORE_PROCESS = "core-process"
+_KNOWN_ARGS = {_CORE_PROCESS, _FAULTS, _FAULT_ENDPOINT, _SGLANG_METRICS}
 
 _ROLES: Mapping[Role, KvRole] = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer"}
 
@@ -65,14 +67,17 @@ class SimulatedAdapter:
     def probes(self, context: LaunchContext) -> Probes:
         if kv.moves_kv(context.role) and meets_in_rooms(context.island.connector):
             alone = {"bootstrap_host": FAKE_BOOTSTRAP_HOST, "bootstrap_room": 0}
-            return Probes(one_token=alone)
-        return Probes()
+            return Probes(one_token=alone, death="/health")
+        return Probes(death="/health")
 
     def kv_address(self, context: LaunchContext) -> Mapping[str, str | int]:
         address = kv.address(context)
         if kv.BOOTSTRAP in context.ports:
             address["bootstrap_port"] = context.ports[kv.BOOTSTRAP]
         return address
+
+    def why_fixed_role(self, pool: PoolSpec, island: IslandSpec) -> str:
+        return command.why_fixed_role(pool, kv.why_fixed_role(island.connector))
 
     def connector_version(self, context: LaunchContext) -> str:
         return f"simulated {context.island.connector} 1"
@@ -111,6 +116,7 @@ def _config(context: LaunchContext) -> SimulatedConfig:
         ranks=_ranks(context),
         faults=_faults(pool.name, args.get(_FAULTS) or {}),
         sglang_metrics=bool(args.get(_SGLANG_METRICS)),
+        core_process=bool(args.get(_CORE_PROCESS)),
         fault_endpoint=bool(args.get(_FAULT_ENDPOINT)),
     )
 

@@ -53,6 +53,10 @@ class FaultSpec(Spec):
     crash_at_token: PositiveInt | None = Field(
         default=None, description="The process dies before any request's N-th output token."
     )
+    poison_token: NonNegativeInt | None = Field(
+        default=None,
+        description="The process dies as it begins to read a prompt that holds this token id.",
+    )
     hang: bool = Field(default=False, description="Accepts requests, makes no token.")
     slow_factor: PositiveFloat = Field(default=1.0, description="Multiplies every model time.")
     refuse_prefill: bool = Field(default=False, description="503 to prefill for a peer.")
@@ -90,6 +94,7 @@ class SimulatedConfig(Spec):
     sglang_metrics: bool = Field(
         default=False, description="Export SGLang's series besides vLLM's."
     )
+    core_process: bool = Field(default=False, description="Have a second process: see `core`.")
     fault_endpoint: bool = Field(default=False, description="Serve POST /simulate/fault.")
 
     @property

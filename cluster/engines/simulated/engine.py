@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from cluster.engines.simulated.config import SimulatedConfig
 from cluster.engines.simulated.events import EventPublisher
-from cluster.engines.simulated.faults import Faults, GivenBack
+from cluster.engines.simulated.faults import CoreDied, Faults, GivenBack
 from cluster.engines.simulated.frames import TransferFailed
 from cluster.engines.simulated.handover import Handover
 from cluster.engines.simulated.kv import Block, BlockCache
@@ -27,11 +27,13 @@ from cluster.engines.simulated.request import Request, Step
 SHORTEST_PAUSE_S = 0.000_05
 # Without pauses a stream would never let other streams, or its own client's goodbye, through.
 STEPS_BETWEEN_YIELDS = 8
+# Its progress with a long prompt shows about this often.
+LONGEST_CHUNK_S = 1.0
 
 
 class RequestFailed(Exception):
     """The engine ends this request with finish reason `error`, as vLLM does when KV blocks cannot
-    be loaded and its policy is `fail`."""
+    be loaded and its policy is `fail`, or when its EngineCore died."""
 
 
 class Engine:
@@ -60,6 +62,7 @@ class Engine:
         self._queue: deque[tuple[Request, list[bytes], asyncio.Future[tuple[list[Block], int]]]]
         self._queue = deque()
         self._prefilling = asyncio.Lock()
+        self._unread_tokens = 0  # of the prompt that is being read
         self._given_back = GivenBack()
         self._replay: asyncio.Task[None] | None = None
 
@@ -90,11 +93,13 @@ class Engine:
         owned = True
         output: list[int] = []
         try:
-            await self._fill(request, keys, blocks, held)
+            external_tokens = await self._fill(request, keys, blocks, held)
             continuation = Continuation(self.vocabulary, request.prompt_ids, request.foreign)
             last_s = began_s
             for number in range(1, request.max_tokens + 1):
                 await self._step(number)
+                if number == 1:
+                    self._count_prompt(request, external_tokens)
                 if self._recomputes(request, output):
                     finish = "stop"
                     yield Step([], finish, "recomputed")
@@ -110,7 +115,7 @@ class Engine:
                     return
                 self._extend(blocks, len(request.prompt_ids) + len(output))
                 yield step
-        except TransferFailed as error:
+        except (TransferFailed, CoreDied) as error:
             finish = "error"
             raise RequestFailed(str(error)) from error
         finally:
@@ -147,13 +152,15 @@ class Engine:
     def _take(self, request: Request, keys: list[bytes]) -> tuple[list[Block], int]:
         self.metrics.running += 1
         taken = self.cache.take(keys, len(request.prompt_ids))
-        self.metrics.kv_usage = self.cache.usage
+        self._show_usage()
         return taken
 
     async def _fill(
         self, request: Request, keys: list[bytes], blocks: list[Block], held: int
-    ) -> None:
-        """Get the prompt's KV: held, pulled or computed."""
+    ) -> int:
+        """Get the prompt's KV: held, pulled or computed. Returns the tokens that were pulled."""
+        await self.faults.before_chunk()
+        self.faults.before_prompt(request.prompt_ids)
         prompt_tokens = len(request.prompt_ids)
         held_tokens = held * self.config.block_size_tokens
         contents = [block.content for block in blocks[:held]]
@@ -166,20 +173,41 @@ class Engine:
             await self._prefill(prompt_tokens - held_tokens)
         self.cache.store(blocks, keys, held, contents, request.prompt_ids)
         request.cached_tokens = held_tokens + external_tokens
-        metrics = self.metrics
-        metrics.prefix_queries += prompt_tokens
-        metrics.held_tokens += held_tokens
-        metrics.external_queries += external_tokens
-        metrics.external_tokens += external_tokens
-        metrics.computed_tokens += prompt_tokens - held_tokens - external_tokens
         request.foreign = b"".join(
             content for content, key in zip(contents, keys, strict=True) if content != key
         )
+        return external_tokens
+
+    def _count_prompt(self, request: Request, external_tokens: int) -> None:
+        """With the first token, as vLLM counts it."""
+        prompt_tokens, metrics = len(request.prompt_ids), self.metrics
+        metrics.prefix_queries += prompt_tokens
+        metrics.held_tokens += request.cached_tokens - external_tokens
+        metrics.external_queries += external_tokens
+        metrics.external_tokens += external_tokens
+        metrics.computed_tokens += prompt_tokens - request.cached_tokens
 
     async def _prefill(self, tokens: int) -> None:
-        pause_s = tokens / self.config.timings.prefill_tokens_per_s
+        """Chunk by chunk: as in a real engine, the blocks of a long prompt fill up while it is
+        read, though no token is made."""
+        rate = self.config.timings.prefill_tokens_per_s
+        chunk = max(1, int(rate * LONGEST_CHUNK_S / self.faults.spec.slow_factor))
         async with self._prefilling:
-            await self._spend(pause_s)
+            try:
+                for left in range(tokens, 0, -chunk):
+                    self._unread_tokens = left
+                    self._show_usage()
+                    await self.faults.before_chunk()
+                    await self._spend(min(chunk, left) / rate)
+            finally:
+                self._unread_tokens = 0
+                self._show_usage()
+
+    def _show_usage(self) -> None:
+        if self.faults.stands_still:
+            return
+        unread = self._unread_tokens // self.config.block_size_tokens
+        self.metrics.kv_usage = self.cache.usage - unread / self.config.capacity_blocks
 
     async def _step(self, number: int) -> None:
         await self.faults.before_token(number)
@@ -243,7 +271,7 @@ class Engine:
     def _extend(self, blocks: list[Block], tokens: int) -> None:
         while tokens > len(blocks) * self.config.block_size_tokens:
             self.cache.grow(blocks)
-            self.metrics.kv_usage = self.cache.usage
+            self._show_usage()
 
     def _finish(
         self,
@@ -287,7 +315,7 @@ class Engine:
                 place.set_result(self._take(request, keys))
             self._queue.popleft()
         self.metrics.waiting = len(self._queue)
-        self.metrics.kv_usage = self.cache.usage
+        self._show_usage()
 
     def _stored(self, keys: Sequence[bytes], parent: bytes | None, ids: Sequence[int]) -> None:
         if self._events is not None:

@@ -15,32 +15,71 @@ from cluster.engines.simulated.request import Request
 CRASH_EXIT_CODE = 70
 
 
+class CoreDied(Exception):
+    """The process that computes is gone; the HTTP server is still there."""
+
+
 class Faults:
     """The current faults. `change` takes effect from the next token on."""
 
     def __init__(self, spec: FaultSpec) -> None:
         self.spec = spec
+        self.is_dead = False
+        self._is_stopped = False
         self._moving = asyncio.Event()
-        if not spec.hang:
-            self._moving.set()
+        self._running = asyncio.Event()
+        self._set()
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether the scheduler does nothing, and so tells nothing new."""
+        return self.spec.hang or self._is_stopped
 
     def change(self, patch: dict[str, Any]) -> FaultSpec:
         """Raises: pydantic.ValidationError, and then nothing changed."""
         self.spec = FaultSpec.model_validate({**self.spec.model_dump(), **patch})
-        if self.spec.hang:
-            self._moving.clear()
-        else:
-            self._moving.set()
+        self._set()
         return self.spec
+
+    def stop(self, is_stopped: bool) -> None:
+        """Whether the process that computes stands still, prompts included."""
+        self._is_stopped = is_stopped
+        self._set()
+
+    def die(self) -> None:
+        """From now on every request fails."""
+        self.is_dead = True
+        self._set()
 
     async def before_token(self, number: int) -> None:
         """`number` counts a request's output tokens from 1. May never return, or end the process.
-        Cancel: safe."""
+        Raises: CoreDied. Cancel: safe."""
         if self.spec.crash_at_token is not None and number >= self.spec.crash_at_token:
             print(f"simulated crash before token {number}", file=sys.stderr, flush=True)
             os._exit(CRASH_EXIT_CODE)
         if self.spec.hang:
             await self._moving.wait()
+        await self.before_chunk()
+
+    def before_prompt(self, ids: Sequence[int]) -> None:
+        """May end the process."""
+        if self.spec.poison_token is not None and self.spec.poison_token in ids:
+            print("simulated crash at a poisonous prompt", file=sys.stderr, flush=True)
+            os._exit(CRASH_EXIT_CODE)
+
+    async def before_chunk(self) -> None:
+        """Of a prompt. May never return. Raises: CoreDied. Cancel: safe."""
+        if self._is_stopped:
+            await self._running.wait()
+        if self.is_dead:
+            raise CoreDied("EngineCore encountered an issue")
+
+    def _set(self) -> None:
+        for event, is_held in ((self._moving, self.spec.hang), (self._running, self._is_stopped)):
+            if is_held and not self.is_dead:
+                event.clear()
+            else:
+                event.set()
 
     def take_failure(self) -> bool:
         """Whether this generation is one of the next K that answer 500."""

@@ -306,7 +306,7 @@ class Server:
         return json_answer(orjson.dumps({"prompt": self._vocabulary.decode(tokens)}))
 
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response(status=503 if self._engine.faults.is_dead else 200)
 
     async def _version(self, request: web.Request) -> web.Response:
         return json_answer(orjson.dumps({"version": VERSION}))

@@ -39,6 +39,7 @@ METRICS = MetricNames(
     spec_accepted="vllm:spec_decode_num_accepted_tokens_total",
     external_tokens="vllm:external_prefix_cache_hits_total",
     steps="vllm:iteration_tokens_total_count",
+    spec_accepted_per_position="vllm:spec_decode_num_accepted_tokens_per_pos_total",
 )
 
 # The packages that move the bytes, by connector, the most specific build first.
@@ -102,10 +103,13 @@ class VllmAdapter:
         )
 
     def probes(self, context: LaunchContext) -> Probes:
-        return Probes()
+        return Probes(death="/health")
 
     def kv_address(self, context: LaunchContext) -> Mapping[str, str | int]:
         return kv.address(context)
+
+    def why_fixed_role(self, pool: PoolSpec, island: IslandSpec) -> str:
+        return command.why_fixed_role(pool, kv.why_fixed_role(island.connector))
 
     def connector_version(self, context: LaunchContext) -> str:
         connector = context.island.connector

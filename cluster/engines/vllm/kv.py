@@ -48,6 +48,16 @@ def ports(pool: PoolSpec, connector: ConnectorName) -> list[PortNeed]:
     return needs
 
 
+def why_fixed_role(connector: ConnectorName) -> str:
+    """What ties a running engine to prefill or to decode; "": nothing."""
+    if connector == "nixl":
+        return ""
+    return (
+        f"with {connector} an engine is started as kv_producer or as kv_consumer "
+        "(--kv-transfer-config); another role takes a new start"
+    )
+
+
 def transfer_config(context: LaunchContext, platform: Platform) -> dict[str, Any] | None:
     """--kv-transfer-config, or None for a worker that moves nothing."""
     if not moves_kv(context.role):

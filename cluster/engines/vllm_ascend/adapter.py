@@ -91,11 +91,14 @@ class VllmAscendAdapter:
         )
 
     def probes(self, context: LaunchContext) -> Probes:
-        return Probes()
+        return Probes(death="/health")
 
     def kv_address(self, context: LaunchContext) -> Mapping[str, str | int]:
         """The answer of a prefill call says where its blocks are; only events are found by this."""
         return vllm_kv.address(context)
+
+    def why_fixed_role(self, pool: PoolSpec, island: IslandSpec) -> str:
+        return command.why_fixed_role(pool, vllm_kv.why_fixed_role(island.connector))
 
     def connector_version(self, context: LaunchContext) -> str:
         # Its connectors come with the plugin; the library below them is built from source.

@@ -105,6 +105,9 @@ class XllmAdapter:
     def kv_address(self, context: LaunchContext) -> Mapping[str, str | int]:
         return {}
 
+    def why_fixed_role(self, pool: PoolSpec, island: IslandSpec) -> str:
+        return command.why_fixed_role(pool, "xllm hands no KV over by us: its pools are mixed")
+
     def connector_version(self, context: LaunchContext) -> str:
         return "none"
 

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cluster.kv.connectors.recording import RecordingConnector, SendLog
+from cluster.kv.connectors.silence import SilenceBound
 from cluster.transfers import TransferReporter
 
 # vLLM sets this itself (a UCX memory leak), but only before the first import of `nixl`.
@@ -67,12 +68,14 @@ NOW = float("-inf")  # a lease that ended before any clock started
 
 
 class _RecordingPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
-    """Tells taken from expired from released, and ends leases on request."""
+    """Tells taken from expired from released, ends leases on request, and does not wait for ever
+    for a peer that fell silent."""
 
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         speaks = self.tp_rank == 0 and self.pcp_rank == 0
         self._sends = SendLog(TransferReporter() if speaks else None)
+        self._silence = SilenceBound()
 
     def start_load_kv(self, metadata: Any) -> None:
         super().start_load_kv(metadata)
@@ -81,6 +84,12 @@ class _RecordingPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
     def release(self, request_ids: Iterable[str]) -> None:
         """End these requests' leases at the next reaping, which follows in the same step."""
         self._sends.release_asked(id_ for id_ in request_ids if id_ in self._reqs_to_send)
+
+    def _pop_done_transfers(self, transfers: Any) -> Any:
+        ended = super()._pop_done_transfers(transfers)
+        if transfers:
+            self._silence.look()
+        return ended
 
     def _get_new_notifs(self) -> set[str]:
         taken: set[str] = super()._get_new_notifs()

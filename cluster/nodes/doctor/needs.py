@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.engines import registry
-from cluster.models import simulated, smollm2, store
+from cluster.models import store
 from cluster.topology.schema import PoolSpec, ServingSpec
 
 # Of each tuple one must be there: builds for different platforms have different names.
@@ -47,10 +47,6 @@ NPUS: Mapping[str, int] = {"atlas_a2": 8, "atlas_a3": 16}
 # Mooncake's transport on Ascend listens on random ports from here on, a thousand per NPU of the
 # node (vLLM-Ascend, docs/source/tutorials/features/pd_disaggregation_mooncake_multi_node.md).
 _MOONCAKE, _MOONCAKE_PER_NPU = 20_000, 1_000
-_MAKERS: Mapping[str, tuple[str, int]] = {
-    smollm2.ID: (smollm2.REVISION, smollm2.NEEDED_BYTES),
-    simulated.ID: (simulated.REVISION, simulated.NEEDED_BYTES),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +115,8 @@ def models_of(serving: ServingSpec, pools: Iterable[PoolSpec]) -> tuple[ModelNee
         model = serving.model_of(pool.name)
         key = (model.id, model.revision or "")
         if model.id in store.BUILTIN:
-            revision, needed = _MAKERS[model.id]
-            found[key] = ModelNeed("made", model.id, revision, needed)
+            maker = store.BUILTIN[model.id]
+            found[key] = ModelNeed("made", maker.ID, maker.REVISION, maker.NEEDED_BYTES)
         elif model.id.startswith(("/", "~", ".")) or model.id.count("/") > 1:
             found[key] = ModelNeed("folder", model.id)
         else:

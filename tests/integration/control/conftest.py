@@ -88,6 +88,11 @@ class Home:
         path.write_text(yaml.safe_dump(parsed))
         return path
 
+    def bring_up(self, name: str, edit: Edit) -> Cluster:
+        """A cluster of the test's own; whoever asks for it ends it."""
+        topology = self.topology(name, edit)
+        return Cluster(self, name, topology, self.run("up", str(topology)))
+
     def processes(self, cluster: str) -> list[psutil.Process]:
         """Everything that carries the owner mark of `cluster` and lives in this home."""
         found = []
@@ -201,6 +206,5 @@ def cluster(home: Home, shared: dict[str, Cluster]) -> Cluster:
         for pool in serving["pools"]:
             pool["placement"] = {"resources": {"CPU": 0.5}}
 
-    topology = home.topology(name, edit)
-    shared[name] = Cluster(home, name, topology, home.run("up", str(topology)))
+    shared[name] = home.bring_up(name, edit)
     return shared[name]

@@ -32,7 +32,7 @@ from cluster.engines.simulated.handover import FAKE_BOOTSTRAP_HOST
 from cluster.gateway.app import create_app
 from cluster.gateway.auth import hash_key
 from cluster.gateway.config import GatewayConfig
-from cluster.gateway.exchange import Parts
+from cluster.gateway.parts import Parts
 from cluster.gateway.source import StaticSource
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.models import store

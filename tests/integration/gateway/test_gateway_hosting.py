@@ -143,6 +143,13 @@ async def test_direct_replicas_share_a_port_survive_a_kill_and_finish_streams(or
 
         await tools.eventually(are_two_again, 30.0)
         await chat_until_it_works(host)
+
+        async def is_all_told() -> bool:
+            """By each replica under its own id; the killed one may have told of itself, too."""
+            versions, counts = host.say("told").split("; ")
+            return versions in ("[1, 1]", "[1, 1, 1]") and counts != "[]"
+
+        await tools.eventually(is_all_told, 10.0)
         stream = await host.openai.chat.completions.create(
             model="simulated", messages=MESSAGES, max_tokens=50, stream=True, extra_body=TO_THE_END
         )

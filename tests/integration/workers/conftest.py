@@ -1,5 +1,6 @@
 """Helpers for tests that start and kill real processes: what is left of them, and where."""
 
+import asyncio
 import os
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from cluster.settings import OWNER_ENV
 from cluster.topology.schema import HealthSpec, IslandSpec, ModelSpec, PoolSpec
 from cluster.workers import tree
 from cluster.workers.spec import WorkerSpec
+from cluster.workers.worker import EngineWorker
 
 SIMULATED = ModelSpec(id="simulated")
 
@@ -109,10 +111,10 @@ def homes(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def make_spec(homes, remains):
     """A worker of the simulated engine. Keyword arguments are keys of its pool, but for
-    `hung_after_s`, `index`, `role`, `connector`."""
+    `hung_after_s`, `index`, `role`, `connector`, `lease_s`."""
     resolved = resolve(SIMULATED, lambda _what, _fraction: None)
 
-    def make(*, hung_after_s=60.0, index=0, role="decode", connector="nixl", **pool):
+    def make(*, hung_after_s=60.0, index=0, role="decode", connector="nixl", lease_s=30.0, **pool):
         name = role
         return WorkerSpec(
             cluster=remains.name,
@@ -124,13 +126,29 @@ def make_spec(homes, remains):
             max_model_len_tokens=4096,
             kv_bytes_per_token=1024,
             pool=PoolSpec(name=name, role=Role(role), engine="simulated", **pool),
-            island=IslandSpec(name="cpu", pools=[name], connector=connector),
+            island=IslandSpec(name="cpu", pools=[name], connector=connector, lease_s=lease_s),
             health=HealthSpec(hung_after_s=hung_after_s),
             engine_key="worker-test-secret",
             host="127.0.0.1",
         )
 
     return make
+
+
+@pytest.fixture
+async def start(make_spec, remains):
+    """Starts workers without Ray and stops them after the test; nothing may be left of them."""
+    workers = []
+
+    async def begin(**options):
+        worker = EngineWorker(make_spec(**options), "127.0.0.1")
+        workers.append(worker)
+        await worker.start()
+        return worker
+
+    yield begin
+    await asyncio.gather(*(worker.stop(0) for worker in workers))
+    remains.assert_gone(within_s=1.0)
 
 
 @pytest.fixture

@@ -8,39 +8,14 @@ import time
 
 import aiohttp
 import pytest
+from live_worker import reaches
 
 from cluster.identity import WorkerState
 from cluster.workers import tree
-from cluster.workers.worker import EngineWorker
 
 pytestmark = pytest.mark.integration
 
 READY, FAILED, HUNG = WorkerState.READY, WorkerState.FAILED, WorkerState.HUNG
-
-
-@pytest.fixture
-async def start(make_spec, remains):
-    """Starts workers and stops them after the test; nothing may be left of any of them."""
-    workers = []
-
-    async def begin(**options):
-        worker = EngineWorker(make_spec(**options), "127.0.0.1")
-        workers.append(worker)
-        await worker.start()
-        return worker
-
-    yield begin
-    await asyncio.gather(*(worker.stop(0) for worker in workers))
-    remains.assert_gone(within_s=1.0)
-
-
-async def reaches(worker, *states, within_s=20.0):
-    """The first report in one of these states."""
-    deadline_s = time.monotonic() + within_s
-    while (report := await worker.report()).state not in states:
-        assert time.monotonic() < deadline_s, report
-        await asyncio.sleep(0.02)
-    return report
 
 
 @contextlib.asynccontextmanager

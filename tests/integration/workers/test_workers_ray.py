@@ -123,7 +123,10 @@ async def test_a_killed_actor_is_gone_for_its_handle_and_leaves_nothing(
     remains.assert_gone()
     with pytest.raises(PeerGone, match="decode/0#1 is gone"):
         await worker.report()
+    # Its placement group is there: whoever begins anew must hear of it to take it away.
+    assert await handle.find_all(remains.name) == [spec.id]
     assert await handle.find(remains.name, spec.id) is None
+    assert await handle.find_all(remains.name) == []
 
 
 async def test_an_actor_that_ray_ends_takes_its_engine_along(

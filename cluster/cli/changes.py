@@ -1,0 +1,189 @@
+"""`scale`, `role`, `drain`, and `changes`: ask for a change and wait for its end; look at them."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import typer
+
+from cluster.cli import change_view, output
+from cluster.cli.follow import end_with, follow, how_to_look
+from cluster.cli.target import Cluster, Json, TopologyFile, target
+from cluster.control.changes import (
+    DEFAULT_GRACE_S,
+    Ask,
+    ChangeRole,
+    DrainNode,
+    DrainWorker,
+    ReturnNode,
+    Scale,
+)
+from cluster.control.client import ControlClient
+from cluster.errors import InvalidInput
+from cluster.identity import Role, WorkerId
+from cluster.launcher.target import Target
+
+Grace = Annotated[
+    float,
+    typer.Option(
+        "--grace",
+        metavar="SECONDS",
+        help="How long requests in hand may go on where they are; then they go on elsewhere.",
+    ),
+]
+Why = Annotated[str, typer.Option("--why", help="The reason, kept with the cluster's events.")]
+NoWait = Annotated[
+    bool, typer.Option("--no-wait", help="Return at once; the change goes on by itself.")
+]
+
+
+def scale(
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="Its name.")],
+    replicas: Annotated[int, typer.Argument(metavar="N", min=0, help="How many it is to have.")],
+    grace: Grace = DEFAULT_GRACE_S,
+    why: Why = "",
+    no_wait: NoWait = False,
+    topology: TopologyFile = None,
+    cluster: Cluster = None,
+    json: Json = False,
+) -> None:
+    """Have N replicas of a pool. Those too many finish what they have first.
+
+    Ctrl-C ends the waiting, not the change. Exit code 1 if it failed.
+
+    Example: pdcluster scale decode 3
+    """
+    at = target(topology, cluster)
+    _carry_out(at, at.control(), Scale(pool, replicas, grace_s(grace)), why, no_wait, json)
+
+
+def role(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="POOL/INDEX, as in decode/0.")],
+    to: Annotated[str, typer.Argument(metavar="prefill|decode", help="Its role from then on.")],
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start its engine anew if it cannot do both.")
+    ] = False,
+    grace: Grace = DEFAULT_GRACE_S,
+    why: Why = "",
+    no_wait: NoWait = False,
+    topology: TopologyFile = None,
+    cluster: Cluster = None,
+    json: Json = False,
+) -> None:
+    """Have a loaded worker serve in another role, once it has finished what it has.
+
+    Its weights stay loaded, where its engine can do both.
+
+    Example: pdcluster role decode/1 prefill
+    """
+    if to not in (Role.PREFILL, Role.DECODE):
+        raise InvalidInput(f"role: found {to}; write prefill or decode")
+    at = target(topology, cluster)
+    control = at.control()
+    ask = ChangeRole(_worker(control, worker), Role(to), grace_s(grace), restart)
+    _carry_out(at, control, ask, why, no_wait, json)
+
+
+def drain(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WORKER|NODE",
+            help="POOL/INDEX, or a node's address or Ray's id of it.",
+            show_default=False,
+        ),
+    ],
+    give_back: Annotated[
+        bool, typer.Option("--return", help="Let a drained NODE take workers again.")
+    ] = False,
+    grace: Grace = DEFAULT_GRACE_S,
+    why: Why = "",
+    no_wait: NoWait = False,
+    topology: TopologyFile = None,
+    cluster: Cluster = None,
+    json: Json = False,
+) -> None:
+    """End a worker, or all workers of a node, once others have taken their work.
+
+    A worker's pool starts another in its place. A node stays empty until it is returned.
+
+    Example: pdcluster drain 10.0.0.7
+    """
+    at = target(topology, cluster)
+    control = at.control()
+    ask: Ask
+    if "/" in what:
+        if give_back:
+            raise InvalidInput(f"--return is for nodes; {what} is a worker, which comes by itself")
+        ask = DrainWorker(_worker(control, what), grace_s(grace))
+    else:
+        ask = ReturnNode(what) if give_back else DrainNode(what, grace_s(grace))
+    _carry_out(at, control, ask, why, no_wait, json)
+
+
+def changes(
+    id: Annotated[
+        int | None,
+        typer.Argument(metavar="[ID]", min=0, help="Show this one in full. Default: list all."),
+    ] = None,
+    topology: TopologyFile = None,
+    cluster: Cluster = None,
+    json: Json = False,
+) -> None:
+    """Show what was asked of the cluster, by whom, and what has become of it.
+
+    Example: pdcluster changes 3
+    """
+    control = target(topology, cluster).control()
+    if id is not None:
+        change = control.change(id)
+        if json:
+            output.print_json(change_view.of(change))
+        else:
+            change_view.draw(change)
+        return
+    found = control.changes()
+    if json:
+        output.print_json([change_view.of(change) for change in found])
+    else:
+        change_view.draw_list(found)
+
+
+def grace_s(seconds: float) -> float:
+    """Raises: InvalidInput."""
+    if not math.isfinite(seconds) or seconds < 0:
+        raise InvalidInput(f"--grace: found {seconds:g}; write a number of seconds from 0 on")
+    return seconds
+
+
+def _carry_out(
+    at: Target, control: ControlClient, ask: Ask, why: str, no_wait: bool, json: bool
+) -> None:
+    """Ask, wait, show. Raises: typer.Exit with code 1: it failed."""
+    change = control.ask(ask, why)
+    if not no_wait:
+        change = follow(at, control, change, is_silent=json)
+    if json:
+        output.print_json(change_view.of(change))
+    else:
+        change_view.draw_end(change)
+        if no_wait:
+            output.out.print(how_to_look(at, change), markup=False)
+    end_with(change)
+
+
+def _worker(control: ControlClient, text: str) -> str:
+    """POOL/INDEX of what was typed. A generation, as `status` shows it, must be the present one.
+
+    Raises: InvalidInput."""
+    try:
+        wanted = WorkerId.parse(text)
+    except ValueError as error:
+        raise InvalidInput(str(error)) from error
+    if "#" in text:
+        present = [r.id for r in control.status().workers if r.id.name == wanted.name]
+        if wanted not in present:
+            now = f"it is {present[-1]} now" if present else "there is none now"
+            raise InvalidInput(f"{wanted} is gone; {now}")
+    return wanted.name

@@ -1,0 +1,106 @@
+"""Wait for a Change to end, and show how it goes, on stderr: a line per step, and what it waits for
+as a moving line. Without a terminal: a line whenever it waits for something else.
+
+Called by: cli.changes, cli.apply.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from types import TracebackType
+
+import typer
+from rich.markup import escape
+from rich.status import Status
+
+from cluster.cli import change_view, output
+from cluster.control.changes import Change, ChangeState
+from cluster.control.client import ControlClient, ControlError, UnknownName
+from cluster.errors import ClusterError
+from cluster.launcher.target import Target
+
+FAILED, INTERRUPTED = 1, 130
+_ENDED_BADLY = frozenset({ChangeState.FAILED, ChangeState.REPLACED})
+_POLL_S = 0.3
+_NUMBER = re.compile(r"\d+(\.\d+)?")
+
+
+def follow(at: Target, control: ControlClient, change: Change, is_silent: bool) -> Change:
+    """`change` as it ended; `is_silent`: nothing is shown meanwhile.
+
+    Raises: ClusterError: the controller does not answer, or does not know it any more.
+    Cancel: Ctrl-C ends the waiting, with exit code 130; the change goes on."""
+    look = how_to_look(at, change)
+    try:
+        with _Shown(is_silent) as shown:
+            shown.take(change)
+            while change.state is ChangeState.RUNNING:
+                time.sleep(_POLL_S)
+                change = control.change(change.id)
+                shown.take(change)
+    except KeyboardInterrupt:
+        output.err.print(f"change {change.id} goes on; {look}", markup=False)
+        raise typer.Exit(INTERRUPTED) from None
+    except UnknownName as error:
+        raise ClusterError(
+            f"the controller was restarted, and does not know change {change.id} ({change.what}) "
+            "any more; `pdcluster status` and `pdcluster events` show what became of it"
+        ) from error
+    except ControlError as error:
+        error.add_note(f"change {change.id} ({change.what}) had begun; {look}")
+        raise
+    return change
+
+
+def how_to_look(at: Target, change: Change) -> str:
+    which = f" --cluster {at.cluster}" if at.here is not None else ""
+    return f"`pdcluster changes {change.id}{which}` shows how far it is"
+
+
+def end_with(change: Change) -> None:
+    """Raises: typer.Exit with code 1: it failed, or a later one took its place."""
+    if change.state in _ENDED_BADLY:
+        raise typer.Exit(FAILED)
+
+
+class _Shown:
+    """What of one change has been shown."""
+
+    def __init__(self, is_silent: bool) -> None:
+        self._is_silent = is_silent
+        self._moving: Status | None = None
+        if output.err.is_terminal and not is_silent:
+            self._moving = output.err.status("")
+        self._steps = 0
+        self._waited_for = ""
+
+    def __enter__(self) -> _Shown:
+        if self._moving is not None:
+            self._moving.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._moving is not None:
+            self._moving.stop()
+
+    def take(self, change: Change) -> None:
+        """Show what is new of it."""
+        if self._is_silent:
+            return
+        for step in change.steps[self._steps :]:
+            output.err.print(change_view.step_line(change, step))
+        self._steps = len(change.steps)
+        if self._moving is not None:
+            self._moving.update(escape(change.waits_for or change.what))
+            return
+        # That a count went from 8 to 7 is no line of its own.
+        waited_for = _NUMBER.sub("", change.waits_for)
+        if waited_for and waited_for != self._waited_for:
+            output.err.print(f"          waits for: {change.waits_for}", markup=False)
+        self._waited_for = waited_for

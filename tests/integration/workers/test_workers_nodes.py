@@ -1,0 +1,114 @@
+"""Which nodes a replica is on, and nodes that take no new ones: a real Ray of two nodes."""
+
+import asyncio
+import os
+import time
+
+import pytest
+import ray
+from live_worker import streams
+from ray_nodes import ray_of
+
+from cluster.identity import Role, WorkerId, WorkerState
+from cluster.models.store import resolve
+from cluster.topology.schema import (
+    HealthSpec,
+    IslandSpec,
+    ModelSpec,
+    PlacementSpec,
+    PoolSpec,
+)
+from cluster.workers import handle
+from cluster.workers.spec import WorkerSpec
+
+pytestmark = pytest.mark.integration
+
+NAME = f"nodes-{os.getpid()}"
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """The ids of the two nodes."""
+    with ray_of(NAME, [{"num_cpus": 2}, {"num_cpus": 2}]):
+        yield [node["NodeID"] for node in ray.nodes()]
+
+
+def spec(index, avoided=(), **pool):
+    model = ModelSpec(id="simulated")
+    found = resolve(model, lambda _what, _part: None)
+    return WorkerSpec(
+        cluster=NAME,
+        id=WorkerId("pool", index, 1),
+        role=Role.MIXED,
+        model=model,
+        model_path=found.path,
+        model_digest=found.digest,
+        max_model_len_tokens=4096,
+        kv_bytes_per_token=1024,
+        pool=PoolSpec(
+            name="pool",
+            role=Role.MIXED,
+            engine="simulated",
+            placement=PlacementSpec(resources={"CPU": 1}),
+            simulated={"decode_step_s": 0.02},
+            **pool,
+        ),
+        island=IslandSpec(name="here", pools=["pool"]),
+        health=HealthSpec(),
+        engine_key="worker-test-secret",
+        host="127.0.0.1",
+        revision="r17",
+        avoided_nodes=tuple(avoided),
+    )
+
+
+async def ready(replica):
+    deadline_s = time.monotonic() + 40
+    while (report := await replica.report()).state is not WorkerState.READY:
+        assert time.monotonic() < deadline_s, report
+        await asyncio.sleep(0.05)
+    return report
+
+
+async def test_a_worker_goes_to_the_node_that_is_not_avoided_and_says_which(nodes):
+    specs = [spec(at, [avoided]) for at, avoided in enumerate(nodes)]
+    try:
+        reports = [await ready(await handle.spawn(each)) for each in specs]
+        assert [report.node_id for report in reports] == list(reversed(nodes))
+        assert [report.node_ids for report in reports] == [(node,) for node in reversed(nodes)]
+        assert {report.revision for report in reports} == {"r17"}
+    finally:
+        for each in specs:
+            await handle.remove(NAME, each.id)
+
+
+async def test_a_worker_that_only_drained_nodes_could_take_is_told_apart(nodes):
+    waits = spec(5, nodes)
+    try:
+        report = await (await handle.spawn(waits)).report()
+        assert report.state is WorkerState.STARTING
+        assert report.message.startswith("needs a node with CPU 1; on 127.0.0.1")
+        assert report.message.endswith(": drained")
+        assert report.node_id == ""
+    finally:
+        await handle.remove(NAME, waits.id)
+
+
+async def test_a_replica_over_nodes_names_them_all_and_is_quiet_as_one(nodes):
+    gang = spec(7, nodes_per_replica=2)
+    replica = await handle.spawn(gang)
+    try:
+        report = await ready(replica)
+        assert sorted(report.node_ids) == sorted(nodes)
+        assert report.node_ids[0] == report.node_id
+        async with streams(report, 2, 50) as answers:
+            assert not await replica.quiesce(0.3)
+            quiet = asyncio.create_task(replica.quiesce(30))
+            for answer in answers:
+                assert "[DONE]" in await answer.text()
+            ended_s = time.monotonic()
+            assert await quiet
+            assert time.monotonic() - ended_s < 1.5
+        assert (await replica.report()).state is WorkerState.READY
+    finally:
+        await handle.remove(NAME, gang.id)
