@@ -200,6 +200,8 @@ def test_a_workers_role_is_changed_and_a_worker_drained_from_its_card(page, clus
     page.click("#worker-drain")
     page.wait_for("document.querySelector('#ask').open")
     page.click("#ask-go")
+    page.wait_for("!document.querySelector('#ask').open")
+    cluster.pass_time(2)
     page.wait_for("document.querySelector(\"[data-worker='prefill-atlas/0'].is-draining\")")
     assert cluster.asked[1:] == [DrainWorker("prefill-atlas/0", 60.0)]
 

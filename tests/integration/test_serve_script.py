@@ -19,7 +19,7 @@ from ports import free_port
 ROOT = Path(__file__).parents[2]
 MARK = "PDCLUSTER_TEST_SERVE"
 BOUND_S = 90
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.e2e, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from streaming_clients import Clients
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.e2e,
+    pytest.mark.slow,
     pytest.mark.skipif(EXECUTABLE is None, reason="needs Debian's chromium"),
 ]
 

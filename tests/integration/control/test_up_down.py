@@ -356,7 +356,8 @@ def test_down_leaves_nothing_and_a_second_down_says_so(cluster):
     done = cluster.home.run("down", str(cluster.topology))
     assert f"cluster {cluster.name} is down" in done.stdout
     assert cluster.home.leftovers(cluster.name) == []
-    for port in ports:
+    # Of those that the system gave out, others may have got some again by now.
+    for port in (port for port in ports if port < 32_768):
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0
     again = cluster.home.run("down", str(cluster.topology))

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.kv.dialects import ORDERS, Order
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.e2e, pytest.mark.slow]
 
 CONNECTORS = {
     Order.PREFILL_FIRST: "ascend_mooncake",

@@ -19,7 +19,7 @@ from ports import free_port
 from cluster.launcher.local_ray import LOOPBACK
 from cluster.workers import tree
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.e2e, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[3]
 QUIET = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_USAGE_STATS_ENABLED": "0"}

@@ -8,7 +8,12 @@ import time
 import pytest
 from torn_cluster import GOES_ON_WITHIN_S, kill, until
 
-pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="session"),
+]
 
 
 async def only(cluster, kind):

@@ -18,7 +18,12 @@ from torn_cluster import GOES_ON_WITHIN_S, HUNG_AFTER_S, kill, until
 from cluster.identity import WorkerState
 from cluster.workers.health import detection_bound_s
 
-pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="session"),
+]
 
 
 async def test_a_prefill_worker_killed_before_its_prefills_is_not_missed(cluster):

@@ -26,7 +26,7 @@ from cluster.gateway.config import GatewayConfig
 from cluster.identity import Role
 from cluster.snapshot import Link, Snapshot
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
 
 ROOT = Path(__file__).parents[3]
 TO_THE_END = {"ignore_eos": True}

@@ -15,7 +15,7 @@ import pytest
 from cluster.identity import Role, WorkerId
 from cluster.snapshot import Link
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.e2e, pytest.mark.slow]
 
 COMPLETIONS = "/v1/completions"
 LONGEST = {"h200": 4096, "atlas": 1024}

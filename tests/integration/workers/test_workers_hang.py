@@ -16,7 +16,7 @@ from live_worker import reaches, session, streams
 from cluster.identity import WorkerState
 from cluster.workers.health import detection_bound_s, idle_detection_bound_s
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.e2e, pytest.mark.slow]
 
 READY, FAILED, HUNG = WorkerState.READY, WorkerState.FAILED, WorkerState.HUNG
 HUNG_AFTER_S = 3.0
