@@ -122,6 +122,7 @@ class Controller:
                 target = operations.node_of(ask.node, before, reports)
             if isinstance(ask, Apply):
                 self._loop.history.replace_applies()
+            seen = self._loop.seen(before)
             change = self._loop.history.begin(
                 ask,
                 operations.describe(before, ask),
@@ -129,7 +130,8 @@ class Controller:
                 why,
                 operations.pools_of(before, ask, reports),
                 target,
-                self._loop.figures(self._loop.seen(before)),
+                seen,
+                self._loop.figures(seen),
             )
             if after != before:
                 await self._loop.want(after)

@@ -31,6 +31,7 @@ class Record:
     pools: tuple[str, ...]
     target: str = ""
     before: Mapping[str, float] = field(default_factory=dict)
+    failed_before: Mapping[str, int] = field(default_factory=dict)  # as progress.Seen
 
 
 _RECORDS = TypeAdapter(tuple[Record, ...])
@@ -66,12 +67,18 @@ class History:
         why: str,
         pools: tuple[str, ...],
         target: str,
+        seen: Seen,
         figures: Mapping[str, float],
     ) -> Change:
-        """A change that was granted."""
+        """A change that was granted, of a cluster that was so at that moment."""
         self._last_id += 1
         change = Change(self._last_id, ask.kind, what, asked_by, self._wall_s(), pools=pools)
-        self._records[change.id] = Record(change, ask, pools, target, figures)
+        failed = {
+            f"{pool}/{index}": slot.failures
+            for (pool, index), slot in seen.slots.items()
+            if slot.failures
+        }
+        self._records[change.id] = Record(change, ask, pools, target, figures, failed)
         while len(self._records) > CHANGES_KEPT:
             del self._records[next(iter(self._records))]
         self._emit(ChangeAsked(what, change.id, asked_by, why))
@@ -93,7 +100,8 @@ class History:
         has_ended = False
         for record in self._running():
             change = record.change
-            outlook = look(record.ask, record.target, change.asked_at_s, seen)
+            now = replace(seen, failed_before=record.failed_before)
+            outlook = look(record.ask, record.target, change.asked_at_s, now)
             if outlook.state is ChangeState.RUNNING:
                 if outlook.text != change.waits_for:
                     self._put(record, replace(change, waits_for=outlook.text))

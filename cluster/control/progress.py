@@ -33,13 +33,20 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The cluster at one moment. `now_s`: wall clock."""
+    """The cluster at one moment. `now_s`: wall clock. `failed_before`: how often in a row each slot
+    (POOL/INDEX) had failed when the change was asked for; that is not the change's fault."""
 
     desired: DesiredState
     reports: Sequence[WorkerReport]
     slots: Mapping[SlotKey, Slot] = field(default_factory=dict)
     last_words: Mapping[SlotKey, tuple[str, ...]] = field(default_factory=dict)
     now_s: float = 0.0
+    failed_before: Mapping[str, int] = field(default_factory=dict)
+
+    def failures(self, key: SlotKey) -> int:
+        """How often a slot has failed since the change was asked for."""
+        now, before = self.slots[key].failures, self.failed_before.get(f"{key[0]}/{key[1]}", 0)
+        return now - before if now >= before else now
 
     def of(self, pool: str) -> list[WorkerReport]:
         return [report for report in self.reports if report.id.pool == pool]
@@ -170,10 +177,11 @@ def _failed(seen: Seen, pool: str, index: int | None) -> Outlook | None:
             continue
         if (name, at) in serving or (spec is not None and at >= spec.replicas.initial):
             continue  # it failed before, and is back, or not wanted any more
-        if slot.failures >= FAILURES_WAITED_FOR:
+        failures = seen.failures((name, at))
+        if failures >= FAILURES_WAITED_FOR:
             words = seen.last_words.get((name, at), ())
             last = f"; its last words: {words[-1]}" if words else ""
-            why = f"{name}/{at} failed {slot.failures} times in a row: {slot.why}{last}"
+            why = f"{name}/{at} failed {failures} times in a row: {slot.why}{last}"
             return Outlook(ChangeState.FAILED, why)
     return None
 

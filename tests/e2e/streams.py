@@ -4,7 +4,7 @@ one.
 
     asks()                     the requests
     with Crowd(...) as crowd   sends them all at once, each with a connection of its own
-    crowd.begun()              waits until they stream
+    crowd.streaming(WORKER)    waits until some of its answers are in the middle
     crowd.told()               what came back; `unlike` compares all that a client sees
 
 Every crowd has a salt of its own, so that no engine's prefix cache knows its prompts.
@@ -25,7 +25,7 @@ from typing import Any
 from e2e.harness import MODEL, filler
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-ANSWERED_WITHIN_S = 240.0
+BEGUN_PIECES, BEGUN_WITHIN_S, ANSWERED_WITHIN_S = 4, 90.0, 240.0
 # Batches of other shapes sum in another order: the last bits of a log-probability, no token.
 LOGPROB_TOLERANCE = 2e-3
 TOOLS = [{"type": "function", "function": {"name": "none", "parameters": {"type": "object"}}}]
@@ -177,28 +177,38 @@ class Crowd:
         """The id that a request was sent with."""
         return f"{self._salt}-{index}"
 
-    def streaming(self, pieces: int, decode: str = "") -> list[Told]:
-        """Streams (of one decode worker) with so many pieces that are not at their end."""
-        return [
-            told
-            for told, asked in zip(self._told, self.asked, strict=True)
-            if asked.is_stream and len(told.came_s) >= pieces and not told.is_done
-            if not decode or told.decode == decode
-        ]
+    def begun(self) -> None:
+        """Wait until every stream has begun or has ended."""
 
-    def begun(self, pieces: int = 4, within_s: float = 90.0) -> None:
-        """Wait until every stream has so many pieces or has ended."""
-        deadline_s = time.monotonic() + within_s
-        while time.monotonic() < deadline_s:
-            waiting = [
+        def silent() -> list[int]:
+            return [
+                index
+                for index, told in enumerate(self._told)
+                if self.asked[index].is_stream and not told.came_s and not told.failure
+            ]
+
+        self._until(lambda: not silent(), "every stream has begun")
+
+    def streaming(self, decode: str, at_least: int = 2) -> list[Told]:
+        """Wait until so many streams of a decode worker are in the middle; these streams."""
+
+        def found() -> list[Told]:
+            return [
                 told
                 for told, asked in zip(self._told, self.asked, strict=True)
-                if asked.is_stream and len(told.came_s) < pieces and not told.failure
+                if asked.is_stream and told.decode == decode
+                if len(told.came_s) >= BEGUN_PIECES and not told.finishes
             ]
-            if not waiting:
-                return
+
+        self._until(lambda: len(found()) >= at_least, f"{at_least} streams come from {decode}")
+        return found()
+
+    def _until(self, holds: Callable[[], bool], what: str) -> None:
+        deadline_s = time.monotonic() + BEGUN_WITHIN_S
+        while not holds():
+            if time.monotonic() > deadline_s:
+                raise AssertionError(f"{what}: not within {BEGUN_WITHIN_S:g} s: {self._told}")
             time.sleep(0.02)
-        raise AssertionError(f"streams have not begun: {self._told}")
 
     def told(self) -> list[Told]:
         """All answers, once they are there."""

@@ -231,7 +231,7 @@ def test_hosts_that_cannot_pull_from_prefill_lose_no_request_and_no_block(
     # word. Both hosts and the head still hear each other.
     cut = ("ip", "route", "add", "blackhole", address(ATLAS))
     with crowd() as sent:
-        sent.begun(1)
+        sent.begun()
         up.hosts.run(H200, *cut)
         try:
             with crowd() as later:
@@ -259,12 +259,10 @@ def test_a_host_killed_in_mid_traffic_loses_no_request_and_serves_again_once_it_
     up: Rack, crowd: Callable[[], Crowd], undisturbed: list[Told]
 ) -> None:
     with crowd() as sent:
-        sent.begun()
-        broken = sent.streaming(4, "decode-cpu/0")
+        broken = sent.streaming("decode-cpu/0")
         killed_s = time.monotonic()
         up.hosts.tool("kill", str(CPU))
         compare(sent, undisturbed)
-    assert broken
     print(pauses(sent, broken, killed_s))
     wait_for(lambda: gone(up, "decode-cpu/0"), 60, "its worker is missed")
     up.hosts.tool("boot", str(CPU))
@@ -282,8 +280,7 @@ def test_a_host_cut_off_in_mid_traffic_leaves_and_its_streams_go_on_with_those_t
     up: Rack, crowd: Callable[[], Crowd], undisturbed: list[Told]
 ) -> None:
     with crowd() as sent:
-        sent.begun()
-        broken = sent.streaming(4, "decode-cpu/0")
+        broken = sent.streaming("decode-cpu/0")
         cut_s = time.monotonic()
         up.hosts.tool("cut", str(CPU))
         wait_for(lambda: gone(up, "decode-cpu/0"), 90, "its worker leaves the snapshot")
@@ -291,7 +288,6 @@ def test_a_host_cut_off_in_mid_traffic_leaves_and_its_streams_go_on_with_those_t
         compare(sent, undisturbed)
         with crowd() as later:
             told = compare(later, undisturbed)
-    assert broken
     assert {one.decode for one in told} == {"decode-atlas/0"}
     print(f"gone after {gone_s - cut_s:.1f} s; {pauses(sent, broken, cut_s)}")
 

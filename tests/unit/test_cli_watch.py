@@ -200,6 +200,11 @@ def test_numbers_are_three_digits_and_a_unit(write, value, text):
 # The command
 
 
+def hear_ctrl_c():
+    """Also where the tests run in a shell's background, whose jobs ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Ticking:
     """Time passes in the cluster while it is looked at."""
 
@@ -263,6 +268,7 @@ def test_without_a_terminal_there_is_a_frame_each_interval_until_it_is_ended(the
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_ctrl_c,
     )
     try:
         frames = [json.loads(process.stdout.readline()) for _ in range(3)]
@@ -297,9 +303,14 @@ class Terminal:
             stderr=child,
             env={**os.environ, "TERM": "xterm-256color"},
             start_new_session=True,
-            # Its controlling terminal: Ctrl-C there is a signal.
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=self._take_terminal,
         )
+
+    @staticmethod
+    def _take_terminal():
+        """As its controlling one: Ctrl-C there is a signal."""
+        hear_ctrl_c()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     def resize(self, width, height):
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))

@@ -165,6 +165,28 @@ async def test_an_engine_that_fails_again_and_again_ends_the_change_with_its_las
     assert "p/1 failed 2 times in a row: exit code 1; its last words: ValueError" in failed.why
 
 
+@pytest.mark.parametrize("ask", [Scale("d", 3), ChangeRole("d/1", Role.PREFILL)])
+async def test_failures_from_before_are_not_held_against_a_change(world, ask):
+    for generation in (1, 2):
+        world.workers[f"d/1#{generation}"].state = WorkerState.FAILED
+        await world.steps(12)
+    assert (await world.controller.status()).failed[0].failures == 2
+    real = world.workers.spawn
+
+    async def slow(spec):
+        handle = await real(spec)
+        handle.state = WorkerState.LOADING
+        return handle
+
+    world.workers.spawn = slow
+    change = await world.controller.ask(ask, "ada@ops")
+    await world.steps(3)
+    for handle in world.workers.alive.values():
+        handle.state = WorkerState.READY
+    done = await settle(world, change)
+    assert done.state is ChangeState.DONE, done.why
+
+
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
