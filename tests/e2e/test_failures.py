@@ -62,6 +62,10 @@ class Arena:
     def worker(self, name: str) -> dict[str, Any]:
         return self.cluster.workers()[name]
 
+    def has_gone(self, victim: dict[str, Any]) -> bool:
+        """Whether it is there no more; the next one comes after a pause."""
+        return victim["id"] not in [now["id"] for now in self.cluster.workers().values()]
+
     def is_ready(self, *names: str) -> bool:
         workers = self.cluster.workers()
         return all(name in workers and workers[name]["state"] == "ready" for name in names)
@@ -131,11 +135,8 @@ def test_one_process_within_an_engine_killed_is_seen_and_the_engine_replaced(are
         core.kill()
         arena.compare(crowd)
     print(pauses(crowd, broken, fault_s))
-    wait_until(
-        lambda: arena.worker(OTHER)["id"]["generation"] > victim["id"]["generation"],
-        30,
-        "it is replaced",
-    )
+    wait_until(lambda: arena.has_gone(victim), 30, "it is gone")
+    arena.await_ready(OTHER)
 
 
 def test_the_controller_killed_in_mid_traffic_is_missed_by_nobody_and_finds_its_workers_again(
@@ -256,8 +257,7 @@ def test_an_engine_that_hangs_behind_a_server_that_answers_is_found_and_its_stre
             bound_s = detection_bound_s(HUNG_AFTER_S) + SEEN_WITHIN_S
 
             def is_found() -> bool:
-                now = arena.worker(OTHER)
-                return now["id"] != victim["id"] or now["state"] == "hung"
+                return arena.has_gone(victim) or arena.worker(OTHER)["state"] == "hung"
 
             wait_until(is_found, bound_s, "the hung engine is found")
             found_s = time.monotonic()
@@ -296,7 +296,7 @@ def test_an_engine_without_memory_is_killed_by_the_kernel_and_loses_nothing(aren
                 url, key = f"{victim['url']}/v1/completions", arena.cluster.engine_key
                 http_json(url, {"prompt": "much " * (1 << 22)}, key, timeout_s=30)
         arena.compare(crowd)
-    wait_until(lambda: arena.worker(DECODE)["id"] != victim["id"], 30, "it is replaced")
+    wait_until(lambda: arena.has_gone(victim), 30, "it is gone")
     print(pauses(crowd, broken, fault_s))
     (said,) = [
         slot["why"]
@@ -320,9 +320,14 @@ def test_a_loaded_engine_changes_its_role_and_back_under_traffic(arena: Arena) -
         assert said["state"] == "done", said
         with arena.crowd(asks()) as crowd:
             told = arena.compare(crowd)
-        used = {one.prefill for one in told}, {one.decode for one in told}
-        flipped = ({PREFILL, DECODE}, {OTHER}), ({PREFILL}, {DECODE, OTHER})
-        assert used == flipped[role == "decode"]
+        prefilled, decoded = {one.prefill for one in told}, {one.decode for one in told}
+        # Which of two alike is taken is a matter of load; in the other role there is nobody else.
+        if role == "prefill":
+            assert DECODE in prefilled
+            assert decoded == {OTHER}
+        else:
+            assert prefilled == {PREFILL}
+            assert DECODE in decoded
         after = arena.worker(DECODE)
         assert (after["id"], after["engine_pid"]) == (before["id"], before["engine_pid"])
         print(f"to {role}: {said['took_s']:.2f} s; {said['measures']}")
