@@ -10,7 +10,6 @@ import itertools
 import json
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -222,37 +221,6 @@ def undisturbed(crowd: Callable[[], Crowd]) -> list[Told]:
 
 def gone(up: Rack, worker: str) -> bool | None:
     return up.workers().get(worker, {}).get("state") != "ready" or None
-
-
-def test_hosts_that_cannot_pull_from_prefill_lose_no_request_and_no_block(
-    up: Rack, crowd: Callable[[], Crowd], undisturbed: list[Told]
-) -> None:
-    # Packets from decode arrive at prefill's host, and nothing comes back: a link cut without a
-    # word. Both hosts and the head still hear each other.
-    cut = ("ip", "route", "add", "blackhole", address(ATLAS))
-    with crowd() as sent:
-        sent.begun()
-        up.hosts.run(H200, *cut)
-        try:
-            with crowd() as later:
-                compare(later, undisturbed)
-            compare(sent, undisturbed)
-        finally:
-            up.hosts.run(H200, *(word.replace("add", "del") for word in cut))
-    routes = Counter((one.decode, one.route) for one in later.live)
-    longest_s = max(one.came_s[-1] - one.sent_s for one in later.live)
-    print(f"{dict(routes)}, the longest took {longest_s:.1f} s")
-
-    def nothing_pinned() -> bool | None:
-        workers = up.workers().values()
-        pinned = [(w["counters"]["leases_open"], w["load"]["kv_usage"]) for w in workers]
-        return all(pair == (0, 0) for pair in pinned) or None
-
-    wait_for(nothing_pinned, 90, "no block is pinned")
-    with crowd() as sent:
-        told = compare(sent, undisturbed)
-    assert {one.decode for one in told} == {"decode-atlas/0", "decode-cpu/0"}
-    assert {one.route for one in told} == {"disaggregated"}
 
 
 def test_a_host_killed_in_mid_traffic_loses_no_request_and_serves_again_once_it_is_back(
