@@ -55,6 +55,7 @@ class Answer:
         self.decode = decode
         self._response: UpstreamResponse | None = None
         self._piece = b""
+        self._tokens_before = 0  # of the answer, from other engines
         self._first_at: float | None = None  # of the whole answer, whichever engine began it
 
     async def begin(self, worker: WorkerView, body: Mapping[str, Any], request_id: str) -> None:
@@ -100,6 +101,7 @@ class Answer:
     ) -> None:
         clock = asyncio.get_running_loop().time
         course.start(self._worker)
+        self._tokens_before = course.answer_tokens
         first_at = clock()
         if not self._out.is_started:
             self._first_at = first_at
@@ -141,7 +143,10 @@ class Answer:
         if is_handed_back:
             raise self._handed_back()
         if is_error:
-            raise server_error(self._worker, None, _ERROR_EVENT + told)
+            # vLLM gives a chat its role before it knows whether the prompt's blocks come: without a
+            # token of this engine it is an answer that has not begun.
+            has_begun = course.answer_tokens > self._tokens_before
+            raise server_error(self._worker, None if has_begun else 500, _ERROR_EVENT + told)
 
     def _handed_back(self) -> HandedBack:
         return HandedBack(self._worker.id.name, None, "it gave the request back to be recomputed")
