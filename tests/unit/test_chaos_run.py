@@ -93,6 +93,20 @@ def test_every_way_of_being_wrong_is_seen(events, said):
     assert said in "; ".join(found)
 
 
+def test_logprobs_may_differ_by_a_real_engines_last_bits_and_no_more():
+    def with_logprob(value: float) -> Answer:
+        told_with = {"content": [{"token": "a", "logprob": value}]}
+        choice = {"index": 0, "text": "a", "finish_reason": "length", "logprobs": told_with}
+        answer = Answer()
+        answer.add_whole(json.dumps({"id": "x", "choices": [choice]}).encode())
+        return answer
+
+    wanted = with_logprob(-0.125)
+    assert differences(with_logprob(-0.1251), wanted, is_chat_stream=False) == []
+    (found,) = differences(with_logprob(-0.14), wanted, is_chat_stream=False)
+    assert "logprobs from 0 of 1" in found
+
+
 def test_what_is_no_answer_is_called_that():
     with pytest.raises(NotAnAnswer):
         told(b"data: <html>")
