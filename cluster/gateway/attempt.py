@@ -148,6 +148,7 @@ class Attempt:
             async with asyncio.timeout(None) as self._beginning:
                 if self._tries.is_suspect:
                     async with self._turn():
+                        await self._check_engines()
                         await self._call_engines()
                 else:
                     await self._call_engines()
@@ -166,6 +167,13 @@ class Attempt:
         prefill, decode = self._route.prefill, self._route.decode
         workers = (decode.id,) if prefill is None else (prefill.id, decode.id)
         return self._parts.quarantine.turn(workers)
+
+    async def _check_engines(self) -> None:
+        """An engine that is gone before a suspect comes to it says nothing against the suspect:
+        hosts take all their engines along."""
+        for worker in (self._route.prefill, self._route.decode):
+            if worker is not None:
+                await self._parts.engines.check_up(worker)
 
     async def _call_engines(self) -> None:
         route, ask = self._route, self._ask

@@ -7,6 +7,8 @@ becomes `Rejected`.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +28,7 @@ _NOT_THE_CLIENTS_FAULT = frozenset({401, 403, 407, 408, 429})
 # vLLM answers 403 where an endpoint is switched off.
 _NO_SUCH_ENDPOINT = frozenset({403, 404, 405, 501})
 _EXCERPT_CHARACTERS = 300
+_HEALTH_PATH, _HEALTH_WITHIN_S = "/health", 2.0
 _RETRY_AFTER_S = 2.0
 _ERROR_EVENT = b'data: {"error"'
 # vLLM's server outlives its engine process for a moment, and tells all requests so.
@@ -83,6 +86,21 @@ class Engines:
             return response
         async with response:
             raise await _failure(worker, response)
+
+    async def check_up(self, worker: WorkerView) -> None:
+        """Raises, if `worker` is already gone: EngineNotReached.
+
+        The kernel takes connections for a killed process until it has freed its memory, and breaks
+        them then: as if the process had died of what came over them. Silence says nothing, and what
+        is answered neither: SGLang's answer to this is 503 under load."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_HEALTH_WITHIN_S):
+                try:
+                    answer = await self._upstream.request("GET", worker.url, _HEALTH_PATH)
+                    async with answer:
+                        await answer.read()
+                except UpstreamLost as error:
+                    raise EngineNotReached(worker.id.name, None, str(error)) from error
 
     async def ask(self, worker: WorkerView, path: str, body: bytes, request_id: str) -> bytes:
         """A request's whole answer. Raises: EngineFailed, Rejected."""

@@ -3,7 +3,8 @@
 One of those that an engine had in hand when it died may be the cause. Sent on together they would
 take the next engine down together, and nobody could tell which one did it: the neighbours of a
 poison request would look as poisonous as it is. One at a time, an engine that goes away again names
-its request (`recovery.Tries.is_poisonous`).
+its request (`recovery.Tries.is_poisonous`). That it is still there is asked of it before, so that
+a host that takes all its engines along names nobody (`attempt`).
 
 Nobody waits for ever: a request whose turn has not come within TURN_WITHIN_S goes on beside the
 others. Called by: gateway.attempt.

@@ -5,6 +5,7 @@ one.
     asks()                     the requests
     with Crowd(...) as crowd   sends them all at once, each with a connection of its own
     crowd.streaming(WORKER)    waits until some of its answers are in the middle
+    crowd.busiest(WORKERS)     waits for any of them, and names the one that has most
     crowd.told()               what came back; `unlike` compares all that a client sees
 
 Every crowd has a salt of its own, so that no engine's prefix cache knows its prompts.
@@ -191,17 +192,29 @@ class Crowd:
 
     def streaming(self, decode: str, at_least: int = 2) -> list[Told]:
         """Wait until so many streams of a decode worker are in the middle; these streams."""
+        self._until(
+            lambda: len(self._in_the_middle(decode)) >= at_least,
+            f"{at_least} streams come from {decode}",
+        )
+        return self._in_the_middle(decode)
 
-        def found() -> list[Told]:
-            return [
-                told
-                for told, asked in zip(self._told, self.asked, strict=True)
-                if asked.is_stream and told.decode == decode
-                if len(told.came_s) >= BEGUN_PIECES and not told.finishes
-            ]
+    def busiest(self, *decodes: str) -> str:
+        """Wait until two streams of one of these workers are in the middle; the worker with most.
+        Which one gets how many is a matter of load, and of what its gateway knows of it."""
 
-        self._until(lambda: len(found()) >= at_least, f"{at_least} streams come from {decode}")
+        def found() -> str:
+            return max(decodes, key=lambda name: len(self._in_the_middle(name)))
+
+        self._until(lambda: len(self._in_the_middle(found())) >= 2, f"two come from {decodes}")
         return found()
+
+    def _in_the_middle(self, decode: str) -> list[Told]:
+        return [
+            told
+            for told, asked in zip(self._told, self.asked, strict=True)
+            if asked.is_stream and told.decode == decode
+            if len(told.came_s) >= BEGUN_PIECES and not told.finishes
+        ]
 
     def _until(self, holds: Callable[[], bool], what: str) -> None:
         deadline_s = time.monotonic() + BEGUN_WITHIN_S

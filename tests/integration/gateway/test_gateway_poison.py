@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +93,34 @@ async def test_neighbours_of_a_poison_request_are_answered(
         assert prefills[0].process.poll() is not None
         assert [prefill.process.poll() for prefill in prefills].count(None) == 1
         assert await gateway.metric(POISONED) == 1
+
+
+async def test_a_request_is_not_blamed_for_engines_that_were_gone_before_it_came(
+    start_engine, start_gateway, tools
+):
+    """As the kernel has it: a killed engine takes connections for a while, and breaks them."""
+    broken: list[bytes] = []
+
+    async def break_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        broken.append(await reader.readline())
+        writer.transport.abort()
+
+    decode = start_engine(Role.DECODE)
+    like = tools.view(start_engine(Role.PREFILL))
+    async with contextlib.AsyncExitStack() as dying:
+        views = []
+        for index in range(3):
+            server = await asyncio.start_server(break_off, "127.0.0.1")
+            await dying.enter_async_context(server)
+            port = server.sockets[0].getsockname()[1]
+            gone = WorkerId("prefill", index, 1)
+            views.append(replace(like, id=gone, url=f"http://127.0.0.1:{port}"))
+        async with start_gateway(*views, tools.view(decode)) as gateway:
+            status, headers, _ = await gateway.post(CHAT, body(CHAT))
+            assert (status, headers["x-pdcluster-decode"]) == (200, "decode/0")
+            assert await gateway.metric(POISONED) == 0
+    asked = [line.split()[1] for line in broken]
+    assert asked == [b"/v1/completions", b"/health", b"/health"]
 
 
 async def test_a_stream_may_outlive_more_engines_than_that(start_engine, start_gateway, tools):
