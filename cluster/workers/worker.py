@@ -17,6 +17,7 @@ import random
 import secrets
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,9 @@ class EngineWorker:
         self._running: _Running | None = None
         self._fingerprint: Fingerprint | None = None
         self._rss_bytes = 0
-        self._kills = memory.Kills(None, None)  # at the last look, or before the start
+        # Before the start, then at the last two looks: one may fall between the end of a process
+        # for lack of memory and that of its engine.
+        self._kills: deque[memory.Kills] = deque(maxlen=2)
         self._last_words: tuple[str, ...] = ()
         self._resources = contextlib.AsyncExitStack()
         self._living: asyncio.Task[None] | None = None
@@ -247,7 +250,7 @@ class EngineWorker:
         watch = EngineWatch(client, adapter.metrics, name, hung_after_s)
         self._running = _Running(adapter, context, launch, process, client, watch)
         self._resources.push_async_callback(process.stop, TERM_GRACE_S)
-        self._kills = memory.kills_so_far()
+        self._kills.append(memory.kills_so_far())
         await process.start()
         return self._running
 
@@ -306,7 +309,7 @@ class EngineWorker:
 
     async def _measure(self, running: _Running) -> None:
         self._rss_bytes = await asyncio.to_thread(running.process.rss_bytes)
-        self._kills = await asyncio.to_thread(memory.kills_so_far)
+        self._kills.append(await asyncio.to_thread(memory.kills_so_far))
 
     def _follow(self, verdict: health.Verdict) -> None:
         state = self._lifecycle.state
@@ -319,7 +322,7 @@ class EngineWorker:
         last_words = await asyncio.to_thread(logs.last_words, self._log_path)
         if self._running is not None:
             kills = await asyncio.to_thread(memory.kills_so_far)
-            short = memory.shortage(was_killed, self._kills, kills, last_words)
+            short = memory.shortage(was_killed, self._kills[0], kills, last_words)
             why = f"{why}; {short}" if short else why
             lost = self._running.process.lost_lines
             last_words += (f"pdcluster: {lost}",) if lost.count else ()

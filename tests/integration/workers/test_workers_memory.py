@@ -1,6 +1,9 @@
 """Engines that get no more memory: told no (RLIMIT_AS), or ended by the kernel (a cgroup)."""
 
+import asyncio
 import contextlib
+import os
+import signal
 import sys
 import uuid
 from pathlib import Path
@@ -9,6 +12,7 @@ import pytest
 from live_worker import reaches
 
 from cluster.identity import WorkerState
+from cluster.workers import memory
 
 pytestmark = pytest.mark.integration
 
@@ -62,3 +66,26 @@ async def test_an_engine_that_the_kernel_ends_for_memory_is_called_that(
     worker = await start(interpreter=interpreter(f"echo $$ > {small_group}\n{greedy}"))
     report = await reaches(worker, WorkerState.FAILED)
     assert "exit code 137 (signal 9); out of memory" in report.message
+
+
+async def test_a_kill_for_memory_that_was_counted_before_its_engine_ended_is_told_all_the_same(
+    start, monkeypatch
+):
+    counted, looks = 3, asyncio.Queue()
+
+    def kills_so_far():
+        looks.put_nowait(None)
+        return memory.Kills(None, counted)
+
+    monkeypatch.setattr(memory, "kills_so_far", kills_so_far)
+    monkeypatch.setattr("cluster.workers.worker._MEMORY_EVERY_LOOKS", 1)
+    worker = await start()
+    report = await reaches(worker, WorkerState.READY)
+    counted = 4
+    while not looks.empty():
+        looks.get_nowait()
+    async with asyncio.timeout(20):
+        await looks.get()
+    os.kill(report.engine_pid, signal.SIGKILL)
+    report = await reaches(worker, WorkerState.FAILED)
+    assert "out of memory: the kernel ended a process" in report.message
