@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 # Upper bounds in seconds, 1 ms to about 700 s, each 1.25 times the one before: a percentile is off
 # by at most 25 % of itself, at 40 ms as at 40 s.
-BOUNDS_S: tuple[float, ...] = tuple(0.001 * 1.25**power for power in range(61))
+# Four digits: they are labels, too, when Prometheus scrapes them.
+BOUNDS_S: tuple[float, ...] = tuple(float(f"{0.001 * 1.25**power:.4g}") for power in range(61))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +122,4 @@ class GatewayReport:
     recoveries: int = 0  # total of answers that went on with another engine
     pairs: tuple[PairTraffic, ...] = ()
     notes: tuple[GatewayNote, ...] = ()
+    metrics_url: str = ""  # of this replica alone, for Prometheus; "": it has none

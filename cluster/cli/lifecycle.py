@@ -58,6 +58,7 @@ def up(
             "key_file": at.key_file,
             "control": at.control_url,
             "token_file": at.token_file,
+            "prometheus": at.prometheus_url or None,
             "was_up": done.was_up,
             "changed": list(done.changed),
             "took_s": round(done.took_s, 2),
@@ -69,7 +70,8 @@ def up(
     key = at.key_file or (f"${at.key_env}" if at.key_env else "none asked for")
     output.out.print(f"\n  endpoint  {at.endpoint}/v1   model {at.model}\n  API key   {key}")
     token = at.token_file or f"${at.token_env}"
-    output.out.print(f"  control   {at.control_url}   token {token}\n")
+    output.out.print(f"  control   {at.control_url}   token {token}")
+    output.out.print(f"  metrics   {at.prometheus_url or 'nobody scrapes them'}\n")
     output.out.print(curl, markup=False)
     # Where Ray's own launcher started the nodes, it also ends them.
     is_rack = address is None and at.own_ray is None

@@ -22,6 +22,7 @@ from cluster.cli import (
     apply,
     changes,
     chat,
+    dashboards,
     demo,
     doctor,
     events,
@@ -80,6 +81,11 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     version,
 )
 
+# Commands of commands: name, what --help says of it, its own.
+GROUPS: tuple[tuple[str, str, tuple[Callable[..., None], ...]], ...] = (
+    ("dashboards", "Grafana's dashboards: build, push and verify them.", dashboards.COMMANDS),
+)
+
 
 def build(is_debug: bool) -> typer.Typer:
     """The whole command line."""
@@ -102,6 +108,11 @@ def build(is_debug: bool) -> typer.Typer:
 
     for command in COMMANDS:
         app.command()(_guarded(command, is_debug))
+    for name, said, commands in GROUPS:
+        group = typer.Typer(name=name, help=said, no_args_is_help=True)
+        for command in commands:
+            group.command()(_guarded(command, is_debug))
+        app.add_typer(group)
     return app
 
 

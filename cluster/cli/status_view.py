@@ -35,6 +35,8 @@ def of(at: Target, found: ClusterStatus, exposition: str, now_s: float) -> dict[
         "phase": here.phase if here is not None else "up",
         "model": found.model,
         "endpoint": endpoint if isinstance(endpoint, str) else None,
+        # Known where `up` ran.
+        "prometheus": (here.prometheus_url or None) if here is not None else None,
         "version": found.version,
         # Known where `up` ran.
         "up_for_s": round(now_s - here.started_at_s, 1) if here is not None else None,
@@ -60,6 +62,8 @@ def draw(view: dict[str, Any]) -> None:
     ttft = view["ttft_s"]
     if ttft["p50"] is not None:
         print_(f"TTFT p50 {ttft['p50'] * 1000:.0f} ms, p95 {ttft['p95'] * 1000:.0f} ms")
+    if view["prometheus"]:
+        print_(f"metrics over time: {view['prometheus']}")
     print_(_pool_table(view["pools"]))
     print_(_worker_table(view["workers"], {p["name"]: p["role"] for p in view["pools"]}))
     for worker in view["workers"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from cluster.identity import Role
 from cluster.topology.schema import ServingSpec
@@ -80,6 +80,7 @@ class Apply:
 
 
 Ask = Scale | ChangeRole | DrainWorker | DrainNode | ReturnNode | Apply
+KINDS = tuple(str(ask.__dataclass_fields__["kind"].default) for ask in get_args(Ask))
 
 
 class ChangeState(enum.StrEnum):

@@ -17,7 +17,7 @@ import contextlib
 import logging
 from dataclasses import replace
 
-from cluster.control import live, operations, roles, rollout
+from cluster.control import discovery, live, operations, roles, rollout
 from cluster.control.changes import Apply, Ask, Change, DrainNode, DrainWorker, Plan
 from cluster.control.clock import Clock
 from cluster.control.events import DesiredChanged, Event, PoolsRollingOut, ShutdownAsked, Told
@@ -226,6 +226,22 @@ class Controller:
     async def gateways(self) -> tuple[GatewayReport, ...]:
         """The latest reports of replicas that have been heard of in the last seconds."""
         return self._loop.gateways.latest()
+
+    async def metrics(self) -> bytes:
+        """The controller's own, in the text format that Prometheus scrapes."""
+        await self._restored()
+        return self._loop.exposition()
+
+    async def targets(self, asked_at: str) -> tuple[discovery.TargetGroup, ...]:
+        """As discovery.target_groups."""
+        await self._restored()
+        return discovery.target_groups(
+            self._cluster,
+            self._loop.desired,
+            self._loop.crew.reports(),
+            self._loop.gateways.latest(),
+            asked_at,
+        )
 
     async def transfers(self, request_id: str) -> list[TransferRecord]:
         """Records of all workers whose request id contains `request_id`, by time."""

@@ -14,8 +14,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from cluster.control import history, reconcile, roles, rollout, snapshots
+from cluster.control import exported, history, reconcile, roles, rollout, snapshots
 from cluster.control.clock import Clock
+from cluster.control.counted import Counted
 from cluster.control.crew import Crew
 from cluster.control.events import (
     ControllerStarted,
@@ -48,6 +49,7 @@ from cluster.control.state import DesiredState
 from cluster.control.store import Store
 from cluster.errors import InvalidInput
 from cluster.identity import Role, WorkerId, WorkerState
+from cluster.observe.controller_metrics import ControllerMetrics
 from cluster.workers.report import WorkerReport
 
 # While something starts or goes, people wait for it; a settled cluster is looked at less often
@@ -80,6 +82,12 @@ class Loop:
         self.recent = Recent(clock)
         self.rows = Rows()
         self.history = history.History(self.emit, clock.wall_s)
+        self.metrics = ControllerMetrics(
+            lambda: exported.samples(self.desired, self.crew.reports())
+        )
+        self._counted = Counted(
+            self.metrics, lambda change: self.history.find(change).kind, clock.now_s
+        )
         way = Way(self.publish, self.publisher.acknowledged, self.emit, clock)
         self.crew = Crew(cluster, workers, way, wake)
         self.slots: dict[SlotKey, Slot] = {}
@@ -272,6 +280,12 @@ class Loop:
         )
         return IDLE_TICK_S if is_settled else BUSY_TICK_S
 
+    def exposition(self) -> bytes:
+        """The controller's metrics, in the text format that Prometheus scrapes."""
+        if self.desired is not None:
+            self._counted.know([pool.name for pool in self.desired.serving.pools])
+        return self.metrics.exposition()
+
     # Small things
 
     def served(self) -> DesiredState:
@@ -304,6 +318,7 @@ class Loop:
 
     def emit(self, event: Event) -> None:
         self.events.emit(event)
+        self._counted.take(event)
         self.history.note(event)
         self.happened.set()
         self.happened = asyncio.Event()

@@ -7,7 +7,8 @@
                         goes back
     links, policies,    at once
     scaling
-    endpoint, control   refused: they belong to processes that a running cluster keeps
+    endpoint, control,  refused: they belong to processes that a running cluster keeps, or that
+    observability       `up` starts
 
 While pools that feed each other are rolled out together, no old worker goes before each of them
 has a new one that is ready: unlike revisions never exchange blocks (kv.fingerprint), so each kind
@@ -221,6 +222,8 @@ def _why_refused(key: str) -> str:
             "the endpoint is started with it, and a running cluster keeps its endpoint; "
             "`pdcluster down`, then `pdcluster up FILE`"
         )
+    if key.partition(".")[0] == "observability":
+        return "`pdcluster up FILE` starts and ends Prometheus, also while the cluster serves"
     return ""
 
 

@@ -25,6 +25,7 @@ from cluster.control.changes import (
     ReturnNode,
     Scale,
 )
+from cluster.control.discovery import TargetGroup
 from cluster.control.events import Told
 from cluster.control.live import Live
 from cluster.control.state import ClusterStatus
@@ -96,6 +97,7 @@ _PLAN = TypeAdapter(Plan)
 _EVENTS = TypeAdapter(Events)
 _SCALING = TypeAdapter(Scaling)
 _LOOKED = TypeAdapter(Looked)
+_TARGETS = TypeAdapter(tuple[TargetGroup, ...])
 _REFUSAL = TypeAdapter(Refusal)
 
 
@@ -169,6 +171,10 @@ def looked_json(looked: Looked) -> bytes:
 def read_looked(data: bytes) -> Looked:
     """Raises: ValueError."""
     return _LOOKED.validate_json(data)
+
+
+def targets_json(groups: Sequence[TargetGroup]) -> bytes:
+    return _TARGETS.dump_json(tuple(groups))
 
 
 def posted(ask: Ask) -> tuple[str, dict[str, Any]]:

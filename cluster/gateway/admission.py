@@ -7,7 +7,8 @@ not fit is told so at once, with a guess of when to come back.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from cluster.gateway import errors
@@ -20,11 +21,15 @@ _LONGEST_HINT_S = 60.0
 class Admission:
     """A gate with `max_concurrent_requests` places and `max_queued_requests` seats before it."""
 
-    def __init__(self, limits: LimitsSpec) -> None:
+    def __init__(
+        self, limits: LimitsSpec, note_wait_s: Callable[[float], None] = lambda _: None
+    ) -> None:
+        """`note_wait_s`: told of each place that is taken, how long it was waited for."""
         self._limits = limits
+        self._note_wait_s = note_wait_s
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._running = 0
-        self._refused = 0
+        self._refused: Counter[str] = Counter(full=0, waited=0)
         self._mean_s = 1.0
 
     @property
@@ -38,6 +43,11 @@ class Admission:
     @property
     def refused(self) -> int:
         """Requests that found no room, since the beginning."""
+        return self._refused.total()
+
+    @property
+    def refused_by_reason(self) -> Mapping[str, int]:
+        """full: the queue was. waited: its turn did not come in time."""
         return self._refused
 
     def place(self) -> Place:
@@ -53,7 +63,7 @@ class Admission:
             self._running += 1
             return
         if self.queued >= self._limits.max_queued_requests:
-            self._refused += 1
+            self._refused["full"] += 1
             raise errors.overloaded(
                 f"{self._running} requests are being served and {self.queued} are waiting; "
                 "this endpoint takes no more now.",
@@ -73,7 +83,7 @@ class Admission:
             else:
                 return  # the place came in the very turn in which the time ran out: take it
             if isinstance(error, TimeoutError):
-                self._refused += 1
+                self._refused["waited"] += 1
                 raise errors.overloaded(
                     f"The request waited {self._limits.queue_timeout_s:g} s for its turn.",
                     self.retry_after_s(),
@@ -101,8 +111,11 @@ class Place:
         self._admission = admission
 
     async def __aenter__(self) -> None:
+        clock = asyncio.get_running_loop().time
+        asked_s = clock()
         await self._admission._enter()
-        self._since_s = asyncio.get_running_loop().time()
+        self._since_s = clock()
+        self._admission._note_wait_s(self._since_s - asked_s)
 
     async def __aexit__(
         self,

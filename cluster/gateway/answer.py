@@ -23,7 +23,6 @@ from cluster.gateway.tally import PairCounts
 from cluster.gateway.tape import Decode
 from cluster.gateway.upstream import UpstreamResponse
 from cluster.gateway.wire import Responder
-from cluster.observe.gateway_metrics import GatewayMetrics
 from cluster.snapshot import WorkerView
 
 _ERROR_EVENT = b'data: {"error"'
@@ -39,7 +38,6 @@ class Answer:
     def __init__(
         self,
         engines: Engines,
-        metrics: GatewayMetrics,
         request: GatewayRequest,
         responder: Responder,
         began_at: float,
@@ -48,7 +46,6 @@ class Answer:
         """`began_at`: when the client's request arrived, in the loop's clock. `decode`: ids to
         text."""
         self._engines = engines
-        self._metrics = metrics
         self._request = request
         self._out = responder
         self._began_at = began_at
@@ -105,20 +102,15 @@ class Answer:
         first_at = clock()
         if not self._out.is_started:
             self._first_at = first_at
-            self._metrics.ttft_s.observe(first_at - self._began_at)
             counts.ttft_s.add(first_at - self._began_at)
             await self._out.begin_events(200, headers)
         piece, rest = self._piece, b""
-        gaps = 0
         while piece:
             if rest or not piece.endswith(b"\n\n"):
                 piece, rest = _whole_events(rest + piece)
             if piece:
                 await self._take(piece, course)
             piece = await next_piece(self._worker, response)
-            gaps += 1
-        if gaps > 1:
-            self._metrics.itl_s.observe((clock() - first_at) / gaps)
         tokens = course.answer_tokens
         if tokens > 1 and self._first_at is not None:
             counts.tpot_s.add((clock() - self._first_at) / (tokens - 1))

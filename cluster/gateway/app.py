@@ -14,13 +14,14 @@ import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from time import monotonic
 
 import orjson
 
 from cluster.errors import ClusterError, EngineFailed, NoCapacity
-from cluster.gateway import errors, requests, wire
+from cluster.gateway import course, errors, recovery, requests, wire
 from cluster.gateway.admission import Admission
 from cluster.gateway.auth import Authenticator
 from cluster.gateway.config import GatewayConfig
@@ -30,6 +31,7 @@ from cluster.gateway.errors import ApiError
 from cluster.gateway.exchange import Exchange
 from cluster.gateway.fleet import Fleet
 from cluster.gateway.metaserver import Metaserver
+from cluster.gateway.metrics_port import MetricsPort
 from cluster.gateway.parts import Parts
 from cluster.gateway.quarantine import Quarantine
 from cluster.gateway.render import Renderer
@@ -44,7 +46,7 @@ from cluster.gateway.wire import ClientGone, Receive, RequestIds, Responder, Sco
 from cluster.kv.coordinator import Coordinator, Releaser
 from cluster.kv.events import KvEvents
 from cluster.kv.index import BlockIndex
-from cluster.observe.gateway_metrics import CONTENT_TYPE, GatewayMetrics
+from cluster.observe.gateway_metrics import CONTENT_TYPE, GatewayMetrics, Now
 from cluster.observe.kv_metrics import KvMetrics
 from cluster.traffic import GatewayReport
 
@@ -81,8 +83,8 @@ def create_app(
     """An ASGI 3 callable with lifespan. Nothing runs before its lifespan starts.
 
     `node_address`: where engines reach this node, for connectors whose decode engine calls back.
-    `sink`: who hears of its traffic; None: nobody. `replica`: its id for its life, the same that
-    `source` tells; "": one is made up.
+    `sink`: who hears of its traffic, and of its port for metrics; None: nobody. `replica`: its id
+    for its life, the same that `source` tells; "": one is made up.
     """
     tally = Tally(replica or uuid.uuid4().hex, time.time)
     return Gateway(config, source, releaser, node_address, sink or NoSink(), tally)
@@ -104,6 +106,7 @@ class Gateway:
         self._source = source
         self._sink = sink
         self._metrics = GatewayMetrics()
+        self._metrics_port = MetricsPort(node_address, self._metrics.exposition)
         self._upstream = Upstream(f"Bearer {config.engine_key}" if config.engine_key else "")
         self._index = BlockIndex()
         self._fleet = Fleet(
@@ -129,11 +132,12 @@ class Gateway:
         )
         self._ids = RequestIds()
         self._authenticator = Authenticator(config.key_hashes)
-        self._admission = Admission(config.limits)
-        self._metrics.watch(
-            lambda: self._admission.running,
-            lambda: self._admission.queued,
-            lambda: self._fleet.snapshot.version,
+        self._admission = Admission(config.limits, self._metrics.queue_s.observe)
+        self._metrics.watch(self._now)
+        self._metrics.know(
+            answers=product((Endpoint.CHAT.value, Endpoint.COMPLETIONS.value), errors.STATUSES),
+            retries=recovery.WHYS,
+            recoveries=product(course.WAYS, [cause.value for cause in recovery.Cause]),
         )
         self._routes: dict[str, dict[str, Handler]] = {
             Endpoint.CHAT.value: {"POST": self._chat},
@@ -189,7 +193,7 @@ class Gateway:
             endpoint = path if path in self._routes else "other"
             self._metrics.answered(endpoint, status or responder.status)
             if path in (Endpoint.CHAT, Endpoint.COMPLETIONS):
-                self._metrics.e2e_s.observe(took_s)
+                self._metrics.took(path, took_s)
             line = story.line(path, status or responder.status, took_s)
             if line is not None:
                 log.log(*line)
@@ -295,6 +299,8 @@ class Gateway:
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()  # startup
         kv_events = KvEvents(self._index)
+        if not isinstance(self._sink, NoSink):  # else nobody would hear of the port
+            await self._metrics_port.start()
         tasks = [
             asyncio.create_task(self._follow_snapshots(kv_events), name="follow snapshots"),
             asyncio.create_task(self._check_renderer(), name="check renderer"),
@@ -307,6 +313,7 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await kv_events.close()
+        await self._metrics_port.close()
         await self._parts.metaserver.close()
         await self._parts.coordinator.close()
         await self._upstream.close()
@@ -325,14 +332,22 @@ class Gateway:
             for url in self._fleet.update(snapshot):
                 self._upstream.drop(url)
             self._parts.coordinator.observe(snapshot)
+            pools = {worker.id.pool for worker in snapshot.workers}
+            self._metrics.know(failures=product(pools, [stage.value for stage in recovery.Stage]))
             kv_events.observe(snapshot)
             log.debug("snapshot %d taken workers=%d", snapshot.version, len(snapshot.workers))
 
     def _report(self) -> GatewayReport:
         gate = self._admission
-        return self._parts.tally.report(
+        report = self._parts.tally.report(
             self._fleet.snapshot.version, gate.running, gate.queued, gate.refused
         )
+        return replace(report, metrics_url=self._metrics_port.url)
+
+    def _now(self) -> Now:
+        gate, version = self._admission, self._fleet.snapshot.version
+        pairs = self._parts.tally.pairs()
+        return Now(gate.running, gate.queued, gate.refused_by_reason, version, pairs)
 
     async def _check_renderer(self) -> None:
         """Ask an engine as soon as there is one."""

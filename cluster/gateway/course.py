@@ -38,6 +38,9 @@ class Way(enum.StrEnum):
     NONE = "none"
 
 
+WAYS = (Way.CONTINUE.value, Way.REPEAT.value)  # metric labels
+
+
 class Course:
     """Owned by one exchange. `prompt_ids` None: the gateway does not know them."""
 

@@ -15,6 +15,9 @@ from cluster.errors import ClusterError, EngineFailed, KvMismatch, NoCapacity, P
 
 Headers = list[tuple[bytes, bytes]]
 
+# How answers commonly end (499: the client left). Metric labels.
+STATUSES = (200, 400, 422, 429, 499, 500, 502, 503, 504)
+
 
 class ApiError(ClusterError):
     """An answer that is an error. `retry_after_s` becomes the Retry-After header."""

@@ -52,7 +52,6 @@ class Exchange:
         skips = request.body.get("skip_special_tokens") is not False
         self._answer = Answer(
             parts.engines,
-            parts.metrics,
             request,
             responder,
             began_at,
@@ -111,7 +110,7 @@ class Exchange:
                     prompts = [resumed] if resumed is not None else prompts
                     self._facts = self._facts_of(prompts)
                     continue
-            parts.metrics.finished(route.why, prompt_tokens, held_tokens)
+            parts.metrics.finished(route.why)
             counts.finish(prompt_tokens, held_tokens, self._course.answer_tokens)
             return
 

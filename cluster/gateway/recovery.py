@@ -54,6 +54,13 @@ class Cause(enum.StrEnum):
     RECOMPUTED = "recomputed"
 
 
+# Why an attempt was given up before the first byte: metric labels, too.
+WHYS = (
+    *("prefill-failed", "pull-failed", "decode-failed"),
+    *(cause.value for cause in Cause if cause is not Cause.FAILED),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Ended:
     """How an attempt ended that was not the last."""

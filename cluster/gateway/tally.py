@@ -91,6 +91,10 @@ class Tally:
             counts = self._pairs[key] = PairCounts()
         return counts
 
+    def pairs(self) -> tuple[PairTraffic, ...]:
+        """All of them, now."""
+        return tuple(counts.traffic(*key) for key, counts in self._pairs.items())
+
     def continued(self, worker: str, cause: str, request_id: str) -> None:
         """An answer that `worker` had begun goes on with another."""
         self._recoveries += 1
@@ -127,7 +131,7 @@ class Tally:
             queued=queued,
             refused=refused,
             recoveries=self._recoveries,
-            pairs=tuple(counts.traffic(*key) for key, counts in self._pairs.items()),
+            pairs=self.pairs(),
             notes=tuple(self._notes),
         )
 

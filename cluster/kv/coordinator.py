@@ -240,6 +240,8 @@ class Coordinator:
 
     def observe(self, snapshot: Snapshot) -> None:
         """Give up what was replaced. A worker that is merely missing may come back."""
+        for link in snapshot.links:
+            self._metrics.know(link.prefill_pool, link.decode_pool, link.connector, lease.ENDED)
         for worker in snapshot.workers:
             self._note_generation(worker.id)
             if worker.state in WORKER_ENDED:

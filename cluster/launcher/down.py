@@ -1,6 +1,7 @@
 """Bring a cluster down: ask, then end, then look that nothing is left. Idempotent.
 
-    gateway stops taking requests ─ controller stops workers ─ Ray's head ends ─ sweep ─ state file
+    gateway stops taking requests ─ controller stops workers ─ Prometheus ends ─ Ray's head ends
+    ─ sweep ─ state file
 
 Called by: cli, launcher.up when it must undo what it did.
 """
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.errors import ClusterError
-from cluster.launcher import local_ray, remains, running
+from cluster.launcher import local_ray, prometheus, remains, running
 from cluster.launcher.progress import Watcher
 from cluster.launcher.running import Running
 from cluster.settings import ClusterPaths
@@ -53,12 +54,15 @@ def end(paths: ClusterPaths, grace_s: float, watcher: Watcher, *, is_hasty: bool
         except ClusterError as error:
             # On a Ray of others nothing more can be ended from here; our notes of it go.
             watcher.warn(f"{error}; ending what is on this machine without asking")
+    if state is not None and state.own_prometheus is not None:
+        prometheus.end(state.own_prometheus, paths)
     if state is not None and state.own_ray is not None:
         watcher.stage("Ray")
         local_ray.end_head(state.own_ray, paths.cluster)
     left = remains.sweep(paths, _OWN_END_S)
     if left:
         raise ClusterError(f"not ended: {_named(left)}; the kernel holds them, try again later")
+    prometheus.remove_files(paths)
     paths.running.unlink(missing_ok=True)
 
 

@@ -11,7 +11,6 @@ import contextlib
 import math
 import os
 import signal
-import site
 import subprocess
 import sys
 import time
@@ -20,11 +19,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import cluster
 from cluster.engines.base import PortNeed
 from cluster.errors import ClusterError, StartFailed
 from cluster.launcher import joined_ray, keys
 from cluster.launcher.running import OwnRay, Running, short_runtime
+from cluster.launcher.source_root import with_source_root
 from cluster.settings import OWNER_ENV, ClusterPaths, ray_namespace
 from cluster.topology.schema import ServingSpec, Topology
 from cluster.workers import tree
@@ -228,28 +227,16 @@ def _head_command(folder: Path, ports: Mapping[str, int], cpus: int) -> tuple[st
 
 def _environment(paths: ClusterPaths, extra: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment = {
-        **kept,
-        **_CLIENT_ENV,
-        **_HEAD_ENV,
-        **extra,
-        "RAY_AUTH_TOKEN_PATH": str(_token_file(paths)),
-        OWNER_ENV: _owner(paths.cluster),
-    }
-    root = _source_root()
-    if root is not None:
-        path = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = f"{root}:{path}" if path else root
-    return environment
-
-
-def _source_root() -> str | None:
-    """The folder that holds the `cluster` package, for processes that begin elsewhere; None where
-    the interpreter finds it by itself."""
-    root = Path(cluster.__file__).resolve().parent.parent
-    packages = {Path(folder).resolve() for folder in site.getsitepackages()}
-    in_packages = root in packages or root.is_relative_to(Path(sys.prefix).resolve())
-    return None if in_packages else str(root)
+    return with_source_root(
+        {
+            **kept,
+            **_CLIENT_ENV,
+            **_HEAD_ENV,
+            **extra,
+            "RAY_AUTH_TOKEN_PATH": str(_token_file(paths)),
+            OWNER_ENV: _owner(paths.cluster),
+        }
+    )
 
 
 def _cpus(serving: ServingSpec) -> int:

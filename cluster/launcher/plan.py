@@ -16,7 +16,7 @@ from cluster.models.store import ResolvedModel
 from cluster.sizing.kv import kv_bytes_per_token
 from cluster.topology.schema import ModelSpec, Topology
 
-_REPLICAS = re.compile(r"pools\[[^\]]+\]\.replicas(\..+)?")
+_CHANGED_BY_UP = re.compile(r"(pools\[[^\]]+\]\.replicas|observability)(\..+)?")
 _DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "auto": 2.0}
 
 
@@ -57,9 +57,10 @@ def is_wildcard(host: str) -> bool:
 
 def needs_restart(before: DesiredState, after: DesiredState) -> tuple[str, ...]:
     """Keys in which two states differ that `up` does not give a running cluster: all but the pools'
-    `replicas`. Empty: `after` can be applied to a cluster that runs as `before`."""
+    `replicas`, and `observability`. Empty: `after` can be applied to a cluster that runs as
+    `before`."""
     keys = tuple(
-        key for key in differing(before.serving, after.serving) if not _REPLICAS.fullmatch(key)
+        key for key in differing(before.serving, after.serving) if not _CHANGED_BY_UP.fullmatch(key)
     )
     facts = ("model_path", "max_model_len_tokens", "host")
     keys += tuple(key for key in facts if getattr(before, key) != getattr(after, key))

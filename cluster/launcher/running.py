@@ -45,6 +45,16 @@ class OwnRay(BaseModel):
     token_file: str
 
 
+class OwnPrometheus(BaseModel):
+    """The Prometheus that `up` started: the supervisor to end it by, and where it is asked."""
+
+    model_config = ConfigDict(frozen=True)
+
+    supervisor_pid: int
+    supervisor_start_ticks: int
+    url: str
+
+
 class Running(BaseModel):
     """How to reach and end a cluster."""
 
@@ -65,6 +75,8 @@ class Running(BaseModel):
     ingress: Literal["serve", "direct"]
     ray_address: str = ""
     own_ray: OwnRay | None = None
+    own_prometheus: OwnPrometheus | None = None
+    prometheus_url: str = ""  # of ours or of the external one; "": nobody scrapes
 
     def is_alive(self) -> bool:
         """Whether the Ray we started is the one that still runs. A Ray of others is believed."""

@@ -3,9 +3,9 @@
     validate ─ model ─ ports, secrets ─ Ray ─ controller ─ workers ─ gateway ─ ready
     └────── nothing started yet ─────┘ └── from here on, a failure or Ctrl-C ends all of it ──┘
 
-A cluster that is up already is given what differs, if that is the pools' `replicas` alone. Without
-waiting (`--no-wait`, on the head of a rack), `up` returns when the control API and the endpoint
-answer; workers come as their nodes join.
+A cluster that is up already is given what differs, if that is the pools' `replicas` or who scrapes
+its metrics. Without waiting (`--no-wait`, on the head of a rack), `up` returns when the control API
+and the endpoint answer; workers come as their nodes join.
 
 The state file is written before the first process is started, so that also a killed `up` can be
 cleaned up after. Called by: cli, launcher.demo.
@@ -27,7 +27,17 @@ from cluster.control.store import ApiAccess
 from cluster.engines.host import host_facts
 from cluster.errors import ClusterError, PeerGone, TopologyError
 from cluster.gateway.config import GatewayConfig
-from cluster.launcher import down, joined_ray, keys, listen, local_ray, plan, remains, running
+from cluster.launcher import (
+    down,
+    joined_ray,
+    keys,
+    listen,
+    local_ray,
+    plan,
+    prometheus,
+    remains,
+    running,
+)
 from cluster.launcher.await_ready import await_control, await_endpoint, await_workers
 from cluster.launcher.progress import Watcher
 from cluster.launcher.running import Running
@@ -36,7 +46,7 @@ from cluster.models import store
 from cluster.settings import ClusterPaths
 from cluster.topology import loader
 from cluster.topology.findings import SERVING, dotted
-from cluster.topology.schema import Topology
+from cluster.topology.schema import ControlSpec, Topology
 
 
 class Terminated(KeyboardInterrupt):
@@ -110,6 +120,7 @@ def up(
     with running.lock(paths), _sigterm_interrupts():
         found = running.read(paths)
         if found is not None and _is_as_before(found, topology, ray_address):
+            found = _observe_again(topology, paths, found, watcher)
             return Up(found, True, time.monotonic() - begun_s)
         watcher.stage("model")
         model = store.resolve(topology.serving.model, watcher.note)
@@ -159,6 +170,7 @@ def _start(wanted: _Wanted, state: Running, secrets: _Secrets, watcher: Watcher)
         client = controller.start(wanted.desired.cluster, secrets.engine_key, secrets.api)
         client.apply(wanted.desired)
         await_control(client)
+        state = prometheus.as_wanted(wanted.topology, wanted.paths, state, secrets.api, watcher)
         if wanted.waits:
             watcher.stage("workers")
             await_workers(client, wanted.topology.serving, wanted.is_local, watcher)
@@ -193,6 +205,9 @@ def _change(
         client = controller.start(state.cluster, secrets.engine_key, secrets.api)
         client.apply(wanted.desired)
         await_control(client)
+        if serving.observability != before.serving.observability:
+            state = prometheus.without(state, wanted.paths)
+        state = prometheus.as_wanted(wanted.topology, wanted.paths, state, secrets.api, watcher)
         if wanted.waits:
             watcher.stage("workers")
             await_workers(client, serving, wanted.is_local, watcher, failed_before)
@@ -201,6 +216,8 @@ def _change(
         update={
             "ray_address": state.ray_address,
             "own_ray": state.own_ray,
+            "own_prometheus": state.own_prometheus,
+            "prometheus_url": state.prometheus_url,
             "started_at_s": state.started_at_s,
         }
     )
@@ -222,6 +239,16 @@ def _refuse_restart(before: DesiredState, wanted: _Wanted) -> None:
             f"changed while it serves, and does it; else first `pdcluster down --cluster {name}`, "
             f"then `pdcluster up {path}`"
         )
+
+
+def _observe_again(
+    topology: Topology, paths: ClusterPaths, state: Running, watcher: Watcher
+) -> Running:
+    """A Prometheus that has died is started anew, in a cluster where nothing else is to be done."""
+    if state.own_prometheus is None or prometheus.is_running(state.own_prometheus):
+        return state
+    access = _access(topology.serving.control, paths, watcher)
+    return prometheus.as_wanted(topology, paths, state, access, watcher)
 
 
 def _start_gateway(wanted: _Wanted, secrets: _Secrets, watcher: Watcher) -> None:
@@ -318,12 +345,13 @@ def _secrets(wanted: _Wanted, watcher: Watcher) -> _Secrets:
     return _Secrets(
         key_hashes=keys.endpoint_hashes(serving.gateway.auth, paths, watcher.warn),
         engine_key=keys.kept_secret(paths.engine_key),
-        api=ApiAccess(
-            serving.control.host,
-            serving.control.port,
-            keys.control_token(serving.control, paths, watcher.warn),
-        ),
+        api=_access(serving.control, paths, watcher),
     )
+
+
+def _access(control: ControlSpec, paths: ClusterPaths, watcher: Watcher) -> ApiAccess:
+    token = keys.control_token(control, paths, watcher.warn)
+    return ApiAccess(control.host, control.port, token)
 
 
 def _clean_up(paths: ClusterPaths, watcher: Watcher, error: BaseException) -> None:

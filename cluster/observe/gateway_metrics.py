@@ -1,117 +1,125 @@
 """What a gateway replica exports to Prometheus. One object per replica, its own registry.
 
-Labels are few and bounded: pools, status codes, reasons out of fixed sets. Never a worker
-generation, a model name from a request, or anything else a client can make up.
+What the controller is told too is kept in one place (gateway.tally) and read when somebody scrapes;
+the rest is counted here. Declared in `catalogue`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+
+from cluster.observe import catalogue
+from cluster.observe.metric import Reader, Sample
+from cluster.traffic import PairTraffic
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
-_TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-_ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
-_E2E_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_READ = (
+    *(catalogue.TTFT, catalogue.TPOT, catalogue.PROMPT_TOKENS, catalogue.HELD_TOKENS),
+    *(catalogue.ANSWER_TOKENS, catalogue.PAIR_REQUESTS, catalogue.REQUESTS_RUNNING),
+    *(catalogue.REQUESTS_QUEUED, catalogue.REFUSED, catalogue.SNAPSHOT_VERSION),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """What a replica is asked for when somebody scrapes it. `refused`: totals by reason."""
+
+    running: int
+    queued: int
+    refused: Mapping[str, int]
+    snapshot_version: int
+    pairs: Sequence[PairTraffic]
 
 
 class GatewayMetrics:
-    """Counters, gauges and histograms, named `pdcluster_gateway_*`."""
+    """Counters and histograms, named `pdcluster_gateway_*`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         # Finding a labelled series costs more than counting in it: those of the hot path are kept.
         self._answered: dict[tuple[str, int], Counter] = {}
         self._routed: dict[str, Counter] = {}
-        self.requests = self._counter(
-            "requests",
-            "Answers sent, by endpoint and status (499: the client left).",
-            ("endpoint", "status"),
-        )
-        self.ttft_s = self._histogram(
-            "ttft_seconds", "From the request's body to its first streamed byte.", _TTFT_BUCKETS
-        )
-        self.itl_s = self._histogram(
-            "itl_seconds",
-            "Mean gap between the pieces of one stream, one observation per stream.",
-            _ITL_BUCKETS,
-        )
-        self.e2e_s = self._histogram(
-            "e2e_seconds", "From the request's head to its last byte.", _E2E_BUCKETS
-        )
-        self.routes = self._counter(
-            "routes", "Requests answered, by how they were routed.", ("route",)
-        )
-        self.retries = self._counter(
-            "retries",
-            "Attempts given up before the first byte, by reason: prefill-failed, pull-failed, "
-            "decode-failed, hung, drained, recomputed.",
-            ("why",),
-        )
-        self.recoveries = self._counter(
-            "recoveries",
-            "Answers that went on with another engine, by way (continue, repeat) and what ended "
-            "the first one's (failed, hung, drained, recomputed).",
-            ("way", "cause"),
-        )
-        self.poisonous = self._counter(
-            "poisonous_requests", "Requests refused because two engines went away under them."
-        )
-        self.engine_failures = self._counter(
-            "engine_failures", "Calls that an engine failed, by pool and stage.", ("pool", "stage")
-        )
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests.")
-        self.held_tokens = self._counter(
-            "held_tokens",
-            "Of those, tokens that the chosen decode worker was known to hold already.",
-        )
-        self.render_asks = self._counter(
-            "render_asks", "Prompts that an engine had to render, by reason.", ("why",)
-        )
+        self._took: dict[str, Histogram] = {}
+        self._requests = catalogue.REQUESTS.counter(self.registry)
+        self._e2e_s = catalogue.E2E.histogram(self.registry)
+        self._routes = catalogue.ROUTES.counter(self.registry)
+        self.queue_s = catalogue.QUEUE.histogram(self.registry)
+        self.retries = catalogue.RETRIES.counter(self.registry)
+        self.recoveries = catalogue.RECOVERIES.counter(self.registry)
+        self.poisonous = catalogue.POISONOUS.counter(self.registry)
+        self.engine_failures = catalogue.ENGINE_FAILURES.counter(self.registry)
+        self.render_asks = catalogue.RENDER_ASKS.counter(self.registry)
 
-    def watch(
+    def watch(self, now: Callable[[], Now]) -> None:
+        """Have what is kept elsewhere exported, too. To be called once."""
+        self.registry.register(Reader(_READ, lambda: _samples(now())))
+
+    def know(
         self,
-        running: Callable[[], float],
-        queued: Callable[[], float],
-        snapshot_version: Callable[[], float],
+        answers: Iterable[tuple[str, int]] = (),
+        retries: Iterable[str] = (),
+        recoveries: Iterable[tuple[str, str]] = (),
+        failures: Iterable[tuple[str, str]] = (),
     ) -> None:
-        """Gauges that are read when somebody scrapes."""
-        self._gauge("requests_running", "Requests being served.").set_function(running)
-        self._gauge("requests_queued", "Requests waiting for a place.").set_function(queued)
-        self._gauge(
-            "snapshot_version", "Version of the cluster snapshot that this replica routes by."
-        ).set_function(snapshot_version)
+        """Have these shown from 0: Prometheus sees no increase in a series that begins with 1, and
+        what goes wrong first would be missing. Endpoint and status, reason, way and cause, pool and
+        stage."""
+        for endpoint, status in answers:
+            self._requests.labels(endpoint, str(status))
+        for why in retries:
+            self.retries.labels(why)
+        for way, cause in recoveries:
+            self.recoveries.labels(way, cause)
+        for pool, stage in failures:
+            self.engine_failures.labels(pool, stage)
 
     def answered(self, endpoint: str, status: int) -> None:
         """An answer was sent, or its client left (499)."""
         series = self._answered.get((endpoint, status))
         if series is None:
-            series = self.requests.labels(endpoint, str(status))
+            series = self._requests.labels(endpoint, str(status))
             self._answered[endpoint, status] = series
         series.inc()
 
-    def finished(self, route: str, prompt_tokens: int, held_tokens: int) -> None:
+    def took(self, endpoint: str, took_s: float) -> None:
+        """A request is over, whatever became of it."""
+        series = self._took.get(endpoint)
+        if series is None:
+            series = self._took[endpoint] = self._e2e_s.labels(endpoint)
+        series.observe(took_s)
+
+    def finished(self, route: str) -> None:
         """A request was answered by engines."""
         series = self._routed.get(route)
         if series is None:
-            series = self._routed[route] = self.routes.labels(route)
+            series = self._routed[route] = self._routes.labels(route)
         series.inc()
-        if prompt_tokens:
-            self.prompt_tokens.inc(prompt_tokens)
-        if held_tokens:
-            self.held_tokens.inc(held_tokens)
 
     def exposition(self) -> bytes:
         """The text format that Prometheus scrapes."""
         return generate_latest(self.registry)
 
-    def _counter(self, name: str, help: str, labels: tuple[str, ...] = ()) -> Counter:
-        return Counter(f"pdcluster_gateway_{name}", help, labels, registry=self.registry)
 
-    def _gauge(self, name: str, help: str) -> Gauge:
-        return Gauge(f"pdcluster_gateway_{name}", help, registry=self.registry)
-
-    def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"pdcluster_gateway_{name}", help, buckets=buckets, registry=self.registry)
+def _samples(now: Now) -> Iterator[Sample]:
+    yield Sample(catalogue.REQUESTS_RUNNING, (), now.running)
+    yield Sample(catalogue.REQUESTS_QUEUED, (), now.queued)
+    yield Sample(catalogue.SNAPSHOT_VERSION, (), now.snapshot_version)
+    for why, count in now.refused.items():
+        yield Sample(catalogue.REFUSED, (why,), count)
+    tokens: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for pair in now.pairs:
+        key = (pair.prefill, pair.decode)
+        yield Sample(catalogue.PAIR_REQUESTS, key, pair.arrived)
+        yield Sample(catalogue.TTFT, key, pair.ttft_s)
+        yield Sample(catalogue.TPOT, key, pair.tpot_s)
+        parts = (pair.prompt_tokens, pair.held_tokens, pair.answer_tokens)
+        tokens[pair.decode] = [a + b for a, b in zip(tokens[pair.decode], parts, strict=True)]
+    for pool, (prompt, held, answer) in tokens.items():
+        yield Sample(catalogue.PROMPT_TOKENS, (pool,), prompt)
+        yield Sample(catalogue.HELD_TOKENS, (pool,), held)
+        yield Sample(catalogue.ANSWER_TOKENS, (pool,), answer)

@@ -1,48 +1,30 @@
-"""What the KV-transfer coordinator exports to Prometheus.
-
-Labels are pools, connectors and outcomes: bounded by the topology file, never by traffic.
-"""
+"""What the KV-transfer coordinator exports to Prometheus. Declared in `catalogue`."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Iterable
 
-# A pull within one machine takes milliseconds, a queued decode holds its lease for minutes.
-_LEASE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+from prometheus_client import CollectorRegistry
+
+from cluster.observe import catalogue
 
 
 class KvMetrics:
     """Counters, a gauge and a histogram, named `pdcluster_kv_*`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.transfers = Counter(
-            "pdcluster_kv_transfers",
-            "KV transfers that ended, by pools, connector and outcome.",
-            ("prefill_pool", "decode_pool", "connector", "outcome"),
-            registry=registry,
-        )
-        self.open = Gauge(
-            "pdcluster_kv_leases_open",
-            "Prompts whose blocks this gateway has prefill keep for decode.",
-            ("prefill_pool",),
-            registry=registry,
-        )
-        self.lease_s = Histogram(
-            "pdcluster_kv_lease_seconds",
-            "From prefill's answer to the end of the transfer, however it ended.",
-            ("connector",),
-            buckets=_LEASE_BUCKETS,
-            registry=registry,
-        )
-        self.release_failures = Counter(
-            "pdcluster_kv_release_failures",
-            "Early releases that did not reach the prefill worker; its lease runs out instead.",
-            ("prefill_pool",),
-            registry=registry,
-        )
-        self.mismatches = Counter(
-            "pdcluster_kv_mismatches",
-            "Transfers refused because the two engines' KV blocks are unlike.",
-            ("prefill_pool", "decode_pool"),
-            registry=registry,
-        )
+        self.transfers = catalogue.KV_TRANSFERS.counter(registry)
+        self.open = catalogue.KV_LEASES_OPEN.gauge(registry)
+        self.lease_s = catalogue.KV_LEASE.histogram(registry)
+        self.release_failures = catalogue.KV_RELEASE_FAILURES.counter(registry)
+        self.mismatches = catalogue.KV_MISMATCHES.counter(registry)
+
+    def know(
+        self, prefill_pool: str, decode_pool: str, connector: str, ends: Iterable[str]
+    ) -> None:
+        """Have the counters of this link shown from 0: Prometheus sees no increase in a series that
+        begins with 1. `ends`: how transfers may end."""
+        for end in ends:
+            self.transfers.labels(prefill_pool, decode_pool, connector, end)
+        self.release_failures.labels(prefill_pool)
+        self.mismatches.labels(prefill_pool, decode_pool)

@@ -27,6 +27,8 @@ from pydantic import (
 )
 
 from cluster.identity import Role
+from cluster.topology.observability import ObservabilitySpec as ObservabilitySpec
+from cluster.topology.observability import PrometheusSpec as PrometheusSpec
 from cluster.topology.scaling import ScalingSpec as ScalingSpec
 from cluster.topology.simulated import SimulatedSpec as SimulatedSpec
 from cluster.topology.spec import Name as Name
@@ -378,6 +380,9 @@ class ServingSpec(Spec):
     )
     scaling: ScalingSpec = Field(
         default_factory=ScalingSpec, description="Who decides how many replicas there are."
+    )
+    observability: ObservabilitySpec = Field(
+        default_factory=ObservabilitySpec, description="Prometheus and Grafana."
     )
 
     def pool(self, name: str) -> PoolSpec:

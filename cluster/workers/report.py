@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.identity import Role, WorkerId, WorkerState
+from cluster.identity import TAKES_WORK, Role, WorkerId, WorkerState
 from cluster.snapshot import Fingerprint, Load
 
 
@@ -70,4 +70,9 @@ class WorkerReport:
     revision: str = ""  # as its spec says
     node_id: str = ""  # Ray's id of rank 0's node; "": not placed yet
     node_ids: tuple[str, ...] = ()  # of all its ranks
+    metrics_path: str = "/metrics"  # where its engine has them, below `url`
     log_lines_lost: int = 0  # lines of the engine's output that its log's disk did not take
+
+    @property
+    def takes_work(self) -> bool:
+        return self.state in TAKES_WORK

@@ -148,6 +148,7 @@ class EngineWorker:
             revision=spec.revision,
             node_id=self._node_id,
             node_ids=(self._node_id,) if self._node_id else (),
+            metrics_path=running.adapter.probes(running.context).metrics if running else "",
             log_lines_lost=running.process.lost_lines.count if running is not None else 0,
         )
 

@@ -84,6 +84,7 @@ def _file(
         },
         "gateway": {"port": ports[0], "ingress": "direct", "replicas": 2},
         "control": {"port": ports[1]},
+        "observability": {"prometheus": {"mode": "off"}},
     }
     return {
         "cluster_name": cluster,

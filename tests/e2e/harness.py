@@ -200,6 +200,8 @@ def running_cluster(
     parsed["cluster_name"] = f"e2e-{parsed['cluster_name']}"
     parsed["metadata"]["serving"]["gateway"]["port"] = port
     parsed["metadata"]["serving"].setdefault("control", {})["port"] = free_port()
+    # Not one per cluster of these tests, and never two at one port.
+    parsed["metadata"]["serving"]["observability"] = {"prometheus": {"mode": "off"}}
     # In bfloat16 the batch's shape shows in the last bit, and greedy choices of a small model turn
     # on it (measured: 6 of 10 outputs equal); float32 is equal token by token.
     parsed["metadata"]["serving"]["model"]["dtype"] = "float32"

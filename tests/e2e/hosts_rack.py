@@ -200,6 +200,7 @@ def _serving(serving: dict[str, Any]) -> dict[str, Any]:
     serving["model"]["tool_call_parser"] = "hermes"
     for section in ("gateway", "control"):
         serving[section]["host"] = address(HEAD)
+    serving["observability"] = {"prometheus": {"mode": "off"}}
     return serving
 
 

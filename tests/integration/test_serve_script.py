@@ -36,6 +36,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, port: int) -> dict[str
     text = "\n".join(lines).replace("cluster_name: local-simulated", f"cluster_name: {cluster}")
     text = text.replace("    gateway:", f"    control: {{port: {free_port()}}}\n    gateway:")
     text = text.replace("    gateway:", f"    gateway:\n      port: {port}")
+    text += "\n    observability: {prometheus: {mode: off}}\n"
     (home / "t.yaml").write_text(text)
     return {
         **os.environ,

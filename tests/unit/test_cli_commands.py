@@ -244,10 +244,13 @@ def test_without_streams_there_is_no_ttft():
 
 
 def test_the_gateways_own_metrics_are_understood():
-    from cluster.observe.gateway_metrics import GatewayMetrics
+    from cluster.observe.gateway_metrics import GatewayMetrics, Now
+    from cluster.traffic import PairTraffic, SpreadCounter
 
+    counted = SpreadCounter()
+    counted.add(0.03)
     metrics = GatewayMetrics()
-    metrics.ttft_s.observe(0.03)
+    metrics.watch(lambda: Now(0, 0, {}, 1, [PairTraffic("p", "d", ttft_s=counted.spread())]))
     assert 0.01 < ttft_s(metrics.exposition().decode(), 0.5) <= 0.05
 
 

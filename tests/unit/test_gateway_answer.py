@@ -18,7 +18,6 @@ from cluster.gateway.route import Route
 from cluster.gateway.tally import PairCounts
 from cluster.gateway.wire import Message, Responder
 from cluster.identity import Role, WorkerId, WorkerState
-from cluster.observe.gateway_metrics import GatewayMetrics
 from cluster.snapshot import Fingerprint, WorkerView
 
 ROLE = {"delta": {"role": "assistant", "content": ""}}
@@ -82,7 +81,7 @@ async def test_an_error_behind_a_role_is_a_failed_pull_and_behind_a_token_it_is_
     def decode(ids: Sequence[int]) -> str:
         return "a" * len(ids)
 
-    answer = Answer(none, GatewayMetrics(), request, Responder(send, "r"), 0.0, decode)
+    answer = Answer(none, request, Responder(send, "r"), 0.0, decode)
 
     def pieces(*events: bytes) -> list[bytes]:
         return [b"".join(events)] if in_one_piece else list(events)

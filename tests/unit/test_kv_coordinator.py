@@ -232,6 +232,17 @@ async def test_a_snapshot_that_says_ended_ends_and_one_that_says_nothing_does_no
     assert transfer.state is State.LOST
 
 
+async def test_every_end_of_a_links_transfers_is_shown_from_nought_before_the_first(
+    rig: Rig,
+) -> None:
+    rig.coordinator.observe(Snapshot(1, "c", "m", links=(NIXL,)))
+    pair = {"prefill_pool": NIXL.prefill_pool, "decode_pool": NIXL.decode_pool}
+    for outcome in ("pulled", "released", "expired", "lost"):
+        labels = pair | {"connector": "nixl", "outcome": outcome}
+        assert rig.registry.get_sample_value("pdcluster_kv_transfers_total", labels) == 0
+    assert rig.registry.get_sample_value("pdcluster_kv_mismatches_total", pair) == 0
+
+
 async def test_unlike_engines_are_refused_before_anything_happens(rig: Rig) -> None:
     other = dataclasses.replace(PRINT, kv_dtype="fp8")
     with pytest.raises(KvMismatch, match="KV cache dtype is 'fp8' on prefill and 'float32'"):

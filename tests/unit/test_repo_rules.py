@@ -21,7 +21,12 @@ SCRIPTS = sorted(
 )
 
 # Distributions whose import name is not their own name.
-IMPORT_NAME = {"pyyaml": "yaml", "prometheus-client": "prometheus_client", "pyzmq": "zmq"}
+IMPORT_NAME = {
+    "grafana-foundation-sdk": "grafana_foundation_sdk",
+    "prometheus-client": "prometheus_client",
+    "pyyaml": "yaml",
+    "pyzmq": "zmq",
+}
 
 
 def name_of(requirement: str) -> str:

@@ -82,6 +82,8 @@ class Home:
         parsed["cluster_name"] = name
         parsed["metadata"]["serving"]["gateway"]["port"] = free_port()
         parsed["metadata"]["serving"]["control"] = {"port": free_port()}
+        # Not one per cluster of these tests, and never two at one port.
+        parsed["metadata"]["serving"]["observability"] = {"prometheus": {"mode": "off"}}
         if edit is not None:
             edit(parsed["metadata"]["serving"])
         path = self.folder / f"{name}.yaml"

@@ -188,7 +188,7 @@ async def test_requests_leave_a_worker_that_hangs(role, start_engine, start_gate
             assert same(one, want)
         why = "pdcluster_gateway_retries_total" if role is Role.PREFILL else RECOVERIES
         assert await gateway.metric(why, '"hung"') >= 2
-        assert await gateway.metric("pdcluster_gateway_poisonous_requests_total") == 0
+        assert await gateway.metric("pdcluster_gateway_poisonous_total") == 0
         assert gateway.is_idle
 
 

@@ -165,6 +165,19 @@ async def test_request_id_is_the_clients_if_it_is_sane(gateway):
     assert headers["x-request-id"] not in ("a b;c", "")
 
 
+async def test_what_goes_wrong_is_shown_from_nought_before_the_first_time(gateway):
+    async with gateway.session.get("/metrics") as response:
+        said = await response.text()
+    for series in (
+        'requests_total{endpoint="/v1/completions",status="502"}',
+        'retries_total{why="pull-failed"}',
+        'retries_total{why="drained"}',
+        'recoveries_total{cause="failed",way="continue"}',
+        'engine_failures_total{pool="decode",stage="decode"}',
+    ):
+        assert f"pdcluster_gateway_{series} 0.0" in said
+
+
 async def test_metrics_count_what_happened(gateway, tools):
     body = {"prompt": words(20), "max_tokens": 4}
     await gateway.post("/v1/completions", body)

@@ -16,7 +16,7 @@ from cluster.snapshot import Load
 pytestmark = pytest.mark.integration
 
 POISON = 77
-POISONED = "pdcluster_gateway_poisonous_requests_total"
+POISONED = "pdcluster_gateway_poisonous_total"
 
 
 async def test_a_request_that_kills_its_prefills_is_stopped_after_two(
