@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import re
 import time
-from types import TracebackType
 
 import typer
-from rich.markup import escape
-from rich.status import Status
 
 from cluster.cli import change_view, output
 from cluster.control.changes import Change, ChangeState
@@ -64,30 +61,14 @@ def end_with(change: Change) -> None:
         raise typer.Exit(FAILED)
 
 
-class _Shown:
+class _Shown(output.MovingLine):
     """What of one change has been shown."""
 
     def __init__(self, is_silent: bool) -> None:
+        super().__init__(is_silent)
         self._is_silent = is_silent
-        self._moving: Status | None = None
-        if output.err.is_terminal and not is_silent:
-            self._moving = output.err.status("")
         self._steps = 0
         self._waited_for = ""
-
-    def __enter__(self) -> _Shown:
-        if self._moving is not None:
-            self._moving.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._moving is not None:
-            self._moving.stop()
 
     def take(self, change: Change) -> None:
         """Show what is new of it."""
@@ -96,8 +77,8 @@ class _Shown:
         for step in change.steps[self._steps :]:
             output.err.print(change_view.step_line(change, step))
         self._steps = len(change.steps)
-        if self._moving is not None:
-            self._moving.update(escape(change.waits_for or change.what))
+        self._move(change.waits_for or change.what)
+        if output.err.is_terminal:
             return
         # That a count went from 8 to 7 is no line of its own.
         waited_for = _NUMBER.sub("", change.waits_for)
