@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli import change_view, output
-from cluster.cli.follow import end_with, follow, how_to_look
+from cluster.cli.follow import carry_out
 from cluster.cli.target import Cluster, Json, TopologyFile, target
 from cluster.control.changes import (
     DEFAULT_GRACE_S,
@@ -22,7 +22,6 @@ from cluster.control.changes import (
 from cluster.control.client import ControlClient
 from cluster.errors import InvalidInput
 from cluster.identity import Role, WorkerId
-from cluster.launcher.target import Target
 
 Grace = Annotated[
     float,
@@ -55,7 +54,8 @@ def scale(
     Example: pdcluster scale decode 3
     """
     at = target(topology, cluster)
-    _carry_out(at, at.control(), Scale(pool, replicas, grace_s(grace)), why, no_wait, json)
+    ask = Scale(pool, replicas, grace_s(grace))
+    carry_out(at, at.control(), ask, why, no_wait=no_wait, json=json)
 
 
 def role(
@@ -82,7 +82,7 @@ def role(
     at = target(topology, cluster)
     control = at.control()
     ask = ChangeRole(_worker(control, worker), Role(to), grace_s(grace), restart)
-    _carry_out(at, control, ask, why, no_wait, json)
+    carry_out(at, control, ask, why, no_wait=no_wait, json=json)
 
 
 def drain(
@@ -119,7 +119,7 @@ def drain(
         ask = DrainWorker(_worker(control, what), grace_s(grace))
     else:
         ask = ReturnNode(what) if give_back else DrainNode(what, grace_s(grace))
-    _carry_out(at, control, ask, why, no_wait, json)
+    carry_out(at, control, ask, why, no_wait=no_wait, json=json)
 
 
 def changes(
@@ -155,22 +155,6 @@ def grace_s(seconds: float) -> float:
     if not math.isfinite(seconds) or seconds < 0:
         raise InvalidInput(f"--grace: found {seconds:g}; write a number of seconds from 0 on")
     return seconds
-
-
-def _carry_out(
-    at: Target, control: ControlClient, ask: Ask, why: str, no_wait: bool, json: bool
-) -> None:
-    """Ask, wait, show. Raises: typer.Exit with code 1: it failed."""
-    change = control.ask(ask, why)
-    if not no_wait:
-        change = follow(at, control, change, is_silent=json)
-    if json:
-        output.print_json(change_view.of(change))
-    else:
-        change_view.draw_end(change)
-        if no_wait:
-            output.out.print(how_to_look(at, change), markup=False)
-    end_with(change)
 
 
 def _worker(control: ControlClient, text: str) -> str:

@@ -1,5 +1,5 @@
-"""Wait for a Change to end, and show how it goes, on stderr: a line per step, and what it waits for
-as a moving line. Without a terminal: a line whenever it waits for something else.
+"""Ask for a change, wait for its end, and show how it goes, on stderr: a line per step, and what it
+waits for as a moving line. Without a terminal: a line whenever it waits for something else.
 
 Called by: cli.changes, cli.apply.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import asdict
 
 import typer
 
 from cluster.cli import change_view, output
-from cluster.control.changes import Change, ChangeState
+from cluster.control.changes import Ask, Change, ChangeState, Plan
 from cluster.control.client import ControlClient, ControlError, UnknownName
 from cluster.errors import ClusterError
 from cluster.launcher.target import Target
@@ -23,12 +24,43 @@ _POLL_S = 0.3
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
-def follow(at: Target, control: ControlClient, change: Change, is_silent: bool) -> Change:
-    """`change` as it ended; `is_silent`: nothing is shown meanwhile.
+def carry_out(
+    at: Target,
+    control: ControlClient,
+    ask: Ask,
+    why: str,
+    *,
+    no_wait: bool,
+    json: bool,
+    plan: Plan | None = None,
+) -> None:
+    """Ask, wait, show. `plan`: of an Apply; JSON has it beside the change.
 
-    Raises: ClusterError: the controller does not answer, or does not know it any more.
+    Raises: InvalidInput: refused; ClusterError: the controller does not answer, or does not know
+    the change any more; typer.Exit with code 1: it failed, or a later one took its place.
     Cancel: Ctrl-C ends the waiting, with exit code 130; the change goes on."""
-    look = how_to_look(at, change)
+    try:
+        change = control.ask(ask, why)
+    except KeyboardInterrupt:
+        said = f"the change may have begun; `pdcluster changes{_which(at)}` lists them"
+        output.err.print(said, markup=False)
+        raise typer.Exit(INTERRUPTED) from None
+    if not no_wait:
+        change = _follow(at, control, change, is_silent=json)
+    if json:
+        told = change_view.of(change)
+        output.print_json(told if plan is None else {"plan": asdict(plan), "change": told})
+    else:
+        change_view.draw_end(change)
+        if no_wait:
+            output.out.print(_how_to_look(at, change), markup=False)
+    if change.state in _ENDED_BADLY:
+        raise typer.Exit(FAILED)
+
+
+def _follow(at: Target, control: ControlClient, change: Change, is_silent: bool) -> Change:
+    """`change` as it ended; `is_silent`: nothing is shown meanwhile."""
+    look = _how_to_look(at, change)
     try:
         with _Shown(is_silent) as shown:
             shown.take(change)
@@ -50,15 +82,12 @@ def follow(at: Target, control: ControlClient, change: Change, is_silent: bool) 
     return change
 
 
-def how_to_look(at: Target, change: Change) -> str:
-    which = f" --cluster {at.cluster}" if at.here is not None else ""
-    return f"`pdcluster changes {change.id}{which}` shows how far it is"
+def _how_to_look(at: Target, change: Change) -> str:
+    return f"`pdcluster changes {change.id}{_which(at)}` shows how far it is"
 
 
-def end_with(change: Change) -> None:
-    """Raises: typer.Exit with code 1: it failed, or a later one took its place."""
-    if change.state in _ENDED_BADLY:
-        raise typer.Exit(FAILED)
+def _which(at: Target) -> str:
+    return f" --cluster {at.cluster}" if at.here is not None else ""
 
 
 class _Shown(output.MovingLine):
