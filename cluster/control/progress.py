@@ -145,7 +145,7 @@ def _whole(pools: Sequence[str], asked_at_s: float, seen: Seen) -> Outlook:
         wanted = pool.replicas.initial if pool is not None else 0
         mine = seen.of(name)
         ready = [r for r in mine if r.state in (WorkerState.READY, WorkerState.CHANGING)]
-        leaving = [r for r in mine if r.state is WorkerState.DRAINING]
+        leaving = [r for r in mine if r.state in (WorkerState.DRAINING, WorkerState.STOPPED)]
         going += leaving
         coming += [r for r in mine if r not in ready and r not in leaving]
         if len(ready) > wanted:  # one will be told to go at the next tick
