@@ -46,7 +46,8 @@ def apply_ask(
         return desired.model_copy(update={"grace_s": ask.grace_s})
     if isinstance(ask, DrainNode):
         node = node_of(ask.node, desired, reports)
-        drained = tuple(dict.fromkeys((*desired.drained_nodes, node)))
+        address = next((r.node_ip for r in reports if r.node_id == node), "")
+        drained = {node: address, **desired.drained_nodes}
         return desired.model_copy(update={"drained_nodes": drained, "grace_s": ask.grace_s})
     if isinstance(ask, ReturnNode):
         return _with_node(desired, ask, reports)
@@ -109,8 +110,10 @@ def node_of(name: str, desired: DesiredState, reports: Sequence[WorkerReport]) -
         for node in (report.node_id, *report.node_ids):
             if node:
                 by_name.setdefault(node, set()).add(node)
-    for node in desired.drained_nodes:
+    for node, address in desired.drained_nodes.items():
         by_name.setdefault(node, set()).add(node)
+        if address:
+            by_name.setdefault(address, set()).add(node)
     found = by_name.get(name, set())
     if len(found) == 1:
         return next(iter(found))
@@ -120,7 +123,9 @@ def node_of(name: str, desired: DesiredState, reports: Sequence[WorkerReport]) -
             "of these ids"
         )
     known = ", ".join(sorted(name for name in by_name if name)) or "none"
-    raise InvalidInput(f"node: found {name}; no worker is on it. Nodes with workers: {known}")
+    raise InvalidInput(
+        f"node: found {name}; no worker is on it. Nodes with workers, or drained: {known}"
+    )
 
 
 def _scaled(desired: DesiredState, ask: Scale) -> DesiredState:
@@ -199,7 +204,7 @@ def _with_node(
     if node not in desired.drained_nodes:
         listed = ", ".join(desired.drained_nodes) or "none"
         raise InvalidInput(f"node: found {ask.node}, which is not drained; drained are: {listed}")
-    rest = tuple(other for other in desired.drained_nodes if other != node)
+    rest = {other: at for other, at in desired.drained_nodes.items() if other != node}
     return desired.model_copy(update={"drained_nodes": rest})
 
 
