@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.control.changes import Change, ChangeState, Plan
 from cluster.control.events import DesiredChanged, Recorded
-from cluster.control.state import ClusterStatus, FailedSlot, PoolStatus
+from cluster.control.state import ClusterStatus, FailedSlot, LogWindow, PoolStatus
 from cluster.errors import InvalidInput
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.topology import loader
@@ -62,6 +62,9 @@ class ChangingCluster:
 
     async def status(self):
         return STATUS
+
+    async def read_log(self, worker, offset, limit_bytes, rank=0):
+        return LogWindow(b"a line\n", 7, 2)
 
     async def ask(self, ask, asked_by, why=""):
         self.asked.append((ask, asked_by, why))

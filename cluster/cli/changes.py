@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated
 
 import typer
@@ -20,6 +21,7 @@ from cluster.control.changes import (
     Scale,
 )
 from cluster.control.client import ControlClient
+from cluster.control.wire import NODE_PATTERN
 from cluster.errors import InvalidInput
 from cluster.identity import Role, WorkerId
 
@@ -117,6 +119,11 @@ def drain(
         if give_back:
             raise InvalidInput(f"--return is for nodes; {what} is a worker, which comes by itself")
         ask = DrainWorker(_worker(control, what), grace_s(grace))
+    elif re.fullmatch(NODE_PATTERN, what) is None:
+        raise InvalidInput(
+            f"drain: found {what!r}; write POOL/INDEX, as in decode/0, or a node's address or "
+            "Ray's id of it"
+        )
     else:
         ask = ReturnNode(what) if give_back else DrainNode(what, grace_s(grace))
     carry_out(at, control, ask, why, no_wait=no_wait, json=json)
@@ -125,7 +132,7 @@ def drain(
 def changes(
     id: Annotated[
         int | None,
-        typer.Argument(metavar="[ID]", min=0, help="Show this one in full. Default: list all."),
+        typer.Argument(metavar="ID", min=0, help="Show this one in full. Default: list all."),
     ] = None,
     topology: TopologyFile = None,
     cluster: Cluster = None,

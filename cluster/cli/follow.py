@@ -15,7 +15,8 @@ import typer
 from cluster.cli import change_view, output
 from cluster.control.changes import Ask, Change, ChangeState, Plan
 from cluster.control.client import ControlClient, ControlError, UnknownName
-from cluster.errors import ClusterError
+from cluster.control.wire import MOST_WHY_CHARACTERS, WHY_PATTERN
+from cluster.errors import ClusterError, InvalidInput
 from cluster.launcher.target import Target
 
 FAILED, INTERRUPTED = 1, 130
@@ -36,9 +37,12 @@ def carry_out(
 ) -> None:
     """Ask, wait, show. `plan`: of an Apply; JSON has it beside the change.
 
-    Raises: InvalidInput: refused; ClusterError: the controller does not answer, or does not know
-    the change any more; typer.Exit with code 1: it failed, or a later one took its place.
+    Raises: InvalidInput: refused, or `why`; ClusterError: the controller does not answer, or does
+    not know the change any more; typer.Exit with code 1: it failed, or a later one took its place.
     Cancel: Ctrl-C ends the waiting, with exit code 130; the change goes on."""
+    if len(why) > MOST_WHY_CHARACTERS or re.fullmatch(WHY_PATTERN, why) is None:
+        most = f"one line of at most {MOST_WHY_CHARACTERS} characters"
+        raise InvalidInput(f"--why: found {len(why)} characters, or several lines; write {most}")
     try:
         change = control.ask(ask, why)
     except KeyboardInterrupt:

@@ -42,6 +42,11 @@ LONGEST_WAIT_S = 30.0  # of GET /v1/events
 INVALID = "invalid_request"  # not as the document has it
 REFUSED = "refused"  # as it has it, but not to be done
 UNKNOWN_NAME = "unknown_name"
+WORKER_GONE = "worker_gone"
+
+WHY_PATTERN = r"^[^\x00-\x1f\x7f]*$"
+MOST_WHY_CHARACTERS = 500
+NODE_PATTERN = r"^[A-Za-z0-9._:-]{1,255}$"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 """`scale`, `role`, `drain`, `apply`, `changes`, `events`, against the control API of a controller
-that notes what is asked of it."""
+that notes what is asked of it; and what all commands say of wrong input."""
 
 from __future__ import annotations
 
@@ -176,8 +176,12 @@ def test_without_waiting_the_change_is_shown_as_it_began(cluster, capsys):
         ("role decode/0 mixed", "role: found mixed; write prefill or decode"),
         ("drain decode/0 --return", "--return is for nodes"),
         ("drain prefill/0#1", "prefill/0#1 is gone; there is none now"),
-        ("drain x --why a\nb", "why"),
-        ("changes 9", "no change 9"),
+        ("drain x --why a\nb", "--why: found 3 characters, or several lines; write one line of"),
+        (f"drain x --why {'y' * 501}", "--why: found 501 characters"),
+        ("drain a,b", "drain: found 'a,b'; write POOL/INDEX"),
+        ("drain ", "drain: found ''; write POOL/INDEX"),
+        ("changes 9", "no change 9 is known, or not any more; `pdcluster changes` lists"),
+        ("logs decode/0#1", "decode/0#1 is gone; it is decode/0#2 now"),
         ("changes -1", "-1"),
         ("events --since 10", "--since: found 10; write a span"),
         ("events --since -5m", "--since"),
