@@ -67,13 +67,13 @@ def apply(
     plan = control.plan(topology.serving)
     if not json:
         _draw(plan, running)
+    nothing_done = {"plan": asdict(plan), "change": None}
     if plan.refused:
-        if json:
-            output.print_json({"plan": asdict(plan), "change": None})
-        raise InvalidInput(f"{file}: " + "; ".join(_words(step) for step in plan.refused))
+        refused = "; ".join(_words(step) for step in plan.refused)
+        raise output.Refused(f"{file}: {refused}", nothing_done)
     if dry_run or plan.is_empty:
         if json:
-            output.print_json({"plan": asdict(plan), "change": None})
+            output.print_json(nothing_done)
         if not plan.is_empty:
             raise typer.Exit(DIFFERS)
         return

@@ -1,6 +1,7 @@
 """What the CLI prints: JSON for programs, tables and progress for people.
 
-Answers go to stdout; progress, warnings and errors to stderr, so that `--json` can be piped.
+Answers go to stdout; progress, warnings and errors to stderr, so that `--json` can be piped. With
+`--json` an error is an answer, too: one line, `{"error": {"message", "type"}}`, as APIs have it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
+from cluster.errors import InvalidInput, TopologyError
 from cluster.identity import WorkerId, WorkerState
 from cluster.workers.report import WorkerReport
 
@@ -32,6 +35,28 @@ _COLOURS = {
 
 def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+class Refused(InvalidInput):
+    """Nothing is done; `answer`: what `--json` has beside the error."""
+
+    def __init__(self, message: str, answer: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.answer = answer
+
+
+def print_error_json(error: Exception) -> None:
+    """`type` is the error's class; `notes` say more, if anything. Faults of a file come one by
+    one, too."""
+    said: dict[str, Any] = {"message": str(error), "type": type(error).__name__}
+    if notes := getattr(error, "__notes__", ()):
+        said["notes"] = list(notes)
+    answer: dict[str, Any] = {"error": said}
+    if isinstance(error, TopologyError):
+        answer |= {"valid": False, "faults": [asdict(fault) for fault in error.faults]}
+    elif isinstance(error, Refused):
+        answer |= error.answer
+    sys.stdout.write(json.dumps(answer, default=str) + "\n")
 
 
 def state_text(state: WorkerState) -> str:

@@ -199,7 +199,14 @@ def test_wrong_input_is_exit_2_and_nothing_is_asked(cluster, capsys, words, said
 def test_what_the_controller_refuses_is_exit_2_in_its_words(cluster, capsys):
     cluster.refuses = "replicas of decode: found 99; write at most 64"
     assert run(["scale", "decode", "99"]) == 2
-    assert capsys.readouterr().err.strip() == f"error: {cluster.refuses}"
+    said = capsys.readouterr()
+    assert said.err.strip() == f"error: {cluster.refuses}"
+    assert said.out == ""
+    assert run(["scale", "decode", "99", "--json"]) == 2
+    said = capsys.readouterr()
+    assert said.err.strip() == f"error: {cluster.refuses}"
+    error = {"message": cluster.refuses, "type": "InvalidInput"}
+    assert json.loads(said.out) == {"error": error}
 
 
 def test_a_change_that_a_restarted_controller_forgot_is_told(cluster, capsys, monkeypatch):
@@ -235,6 +242,11 @@ def test_a_plan_that_cannot_be_carried_out_is_exit_2_with_what_to_do(cluster, ca
     said = capsys.readouterr()
     assert "x `pdcluster down`, then `up`  (gateway.port)" in said.out
     assert "gateway.port: `pdcluster down`, then `up`" in said.err
+    assert run(["apply", str(TOPOLOGY), option, "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert told["error"]["message"] == said.err.strip().removeprefix("error: ")
+    assert told["plan"]["refused"][0]["keys"] == ["gateway.port"]
+    assert told["change"] is None
     assert cluster.asked == []
 
 
