@@ -12,7 +12,7 @@
 
 The token is asked for before a request is looked at any further; whatever is not `/health` or a
 file of the page, also what does not exist, needs it. Errors are `{"error": {"message", "type"}}`.
-Called by: control.actor. No Ray here: the controller is passed in.
+Called by: control.api_server. No Ray here: the controller is passed in.
 """
 
 from __future__ import annotations

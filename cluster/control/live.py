@@ -2,7 +2,8 @@
 asked last. In: desired state, reports, Recent. Out: Live. Pure.
 
 Rows of workers are kept with the point at which they last changed, so that an answer to somebody
-who polls holds those only, and the names of those that are gone. Called by: control.controller.
+who polls holds those only, and the names of those that are gone.
+Called by: control.controller, control.loop.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The control API's values as JSON, both ways, and the names that both of its ends must know.
 
 Unknown keys are ignored when reading: an older client understands a newer head.
-Called by: control.api, control.client.
+Called by: control.api, control.api_*, control.client; the names also by cli.
 """
 
 from __future__ import annotations
