@@ -69,7 +69,7 @@ def apply(
         _draw(plan, running)
     nothing_done = {"plan": asdict(plan), "change": None}
     if plan.refused:
-        refused = "; ".join(_words(step) for step in plan.refused)
+        refused = "; ".join(map(str, plan.refused))
         raise output.Refused(f"{file}: {refused}", nothing_done)
     if dry_run or plan.is_empty:
         if json:
@@ -115,7 +115,3 @@ def _draw_steps(steps: Sequence[PlanStep], sign: str) -> None:
     for step in steps:
         keys = f"  [dim]({escape(', '.join(step.keys))})[/dim]" if step.keys else ""
         output.out.print(f"  {sign} {escape(step.what)}{keys}")
-
-
-def _words(step: PlanStep) -> str:
-    return f"{', '.join(step.keys)}: {step.what}" if step.keys else step.what

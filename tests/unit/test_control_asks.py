@@ -190,7 +190,7 @@ async def test_failures_from_before_are_not_held_against_a_change(world, ask):
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
-        (Scale("dd", 2), "pool: found dd; the pools are p, d; did you mean d?"),
+        (Scale("dd", 2), "pool: found dd; did you mean `d`?"),
         (Scale("d", 100), "at most 64 (replicas.max)"),
         (Scale("d", 0), "no other pool decodes"),
         (Scale("d", 1, grace_s=float("nan")), "grace_s: found nan"),

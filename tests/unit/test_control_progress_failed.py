@@ -5,7 +5,7 @@ from __future__ import annotations
 from control_world import desired
 
 from cluster.control.changes import ChangeState, Scale
-from cluster.control.progress import FAILURES_WAITED_FOR, NO_ROOM_AFTER_S, Seen, look
+from cluster.control.progress import FAILURES_WAITED_FOR, MISSED_AFTER_S, Seen, look
 from cluster.control.reconcile import Slot
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.workers.report import WorkerReport
@@ -46,7 +46,7 @@ def test_of_a_pool_that_finds_no_room_those_that_have_ended_are_not_named():
             WorkerReport(WorkerId("d", index, 1), Role.DECODE, state, "needs CPU", "", "", 0.0)
             for index, state in enumerate(states)
         ]
-        return Seen(desired(prefill=1, decode=1), reports, now_s=NO_ROOM_AFTER_S + 1)
+        return Seen(desired(prefill=1, decode=1), reports, now_s=MISSED_AFTER_S + 1)
 
     ended = without_room(WorkerState.STARTING, WorkerState.STOPPED)
     assert look(Scale("d", 1), "", 0.0, ended).state is ChangeState.RUNNING
