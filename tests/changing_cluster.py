@@ -6,9 +6,19 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.control.changes import Change, ChangeState, Plan
+from cluster.control.changes import (
+    Apply,
+    Change,
+    ChangeRole,
+    ChangeState,
+    DrainNode,
+    DrainWorker,
+    Plan,
+    ReturnNode,
+    Scale,
+)
 from cluster.control.events import DesiredChanged, Recorded
-from cluster.control.state import ClusterStatus, FailedSlot, PoolStatus
+from cluster.control.state import ClusterStatus, FailedSlot, LogWindow, PoolStatus
 from cluster.errors import InvalidInput
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.topology import loader
@@ -41,6 +51,17 @@ STATUS = ClusterStatus(
     links=(),
     events=(),
 )
+# One of each kind that there is, told apart by what a path or a body has to carry.
+ASKS = [
+    Scale("decode", 3, 0.0),
+    Scale("decode", 0),
+    ChangeRole("decode/0", Role.PREFILL, 2.5, may_restart=True),
+    DrainWorker("decode/1", 7.0),
+    DrainNode("10.0.0.7"),
+    DrainNode("fd00::7"),
+    ReturnNode("a" * 56),
+    Apply(SERVING, 5.0, surge=False),
+]
 
 
 class ChangingCluster:
@@ -62,6 +83,9 @@ class ChangingCluster:
 
     async def status(self):
         return STATUS
+
+    async def read_log(self, worker, offset, limit_bytes, rank=0):
+        return LogWindow(b"a line\n", 7, 2)
 
     async def ask(self, ask, asked_by, why=""):
         self.asked.append((ask, asked_by, why))

@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from cluster.cli import change_view, output
+from cluster.cli import output
 from cluster.cli.changes import Grace, NoWait, Why, grace_s
-from cluster.cli.follow import FAILED, end_with, follow, how_to_look
+from cluster.cli.follow import FAILED, carry_out
 from cluster.cli.target import Cluster, File, Json, target
 from cluster.control.changes import DEFAULT_GRACE_S, Apply, Plan, PlanStep
 from cluster.errors import InvalidInput, TopologyError
@@ -67,29 +67,20 @@ def apply(
     plan = control.plan(topology.serving)
     if not json:
         _draw(plan, running)
+    nothing_done = {"plan": asdict(plan), "change": None}
     if plan.refused:
-        if json:
-            output.print_json({"plan": asdict(plan), "change": None})
-        raise InvalidInput(f"{file}: " + "; ".join(_words(step) for step in plan.refused))
+        refused = "; ".join(map(str, plan.refused))
+        raise output.Refused(f"{file}: {refused}", nothing_done)
     if dry_run or plan.is_empty:
         if json:
-            output.print_json({"plan": asdict(plan), "change": None})
+            output.print_json(nothing_done)
         if not plan.is_empty:
             raise typer.Exit(DIFFERS)
         return
     if not yes and not typer.confirm("carry it out?", err=True):
         output.err.print("nothing was changed")
         raise typer.Exit(FAILED)
-    change = control.ask(ask, why)
-    if not no_wait:
-        change = follow(at, control, change, is_silent=json)
-    if json:
-        output.print_json({"plan": asdict(plan), "change": change_view.of(change)})
-    else:
-        change_view.draw_end(change)
-        if no_wait:
-            output.out.print(how_to_look(at, change), markup=False)
-    end_with(change)
+    carry_out(at, control, ask, why, no_wait=no_wait, json=json, plan=plan)
 
 
 def _validated(file: Path) -> Topology:
@@ -124,7 +115,3 @@ def _draw_steps(steps: Sequence[PlanStep], sign: str) -> None:
     for step in steps:
         keys = f"  [dim]({escape(', '.join(step.keys))})[/dim]" if step.keys else ""
         output.out.print(f"  {sign} {escape(step.what)}{keys}")
-
-
-def _words(step: PlanStep) -> str:
-    return f"{', '.join(step.keys)}: {step.what}" if step.keys else step.what

@@ -1,6 +1,6 @@
 """What is shown of a Change. In: the change. Out: a plain dict (`--json`), or words.
 
-The dict's keys are an interface for scripts: add, never rename. Called by: cli.changes, cli.apply.
+The dict's keys are an interface for scripts: add, never rename. Called by: cli.changes, cli.follow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.table import Table
 from cluster.cli import output
 from cluster.control.changes import Change, ChangeState, Measure, Step
 
-_COLOURS = {
+COLOURS = {
     ChangeState.RUNNING: "yellow",
     ChangeState.DONE: "green",
     ChangeState.FAILED: "red",
@@ -98,7 +98,7 @@ def _ending(change: Change) -> str:
 
 
 def _state(state: ChangeState) -> str:
-    return f"[{_COLOURS[state]}]{state.value}[/{_COLOURS[state]}]"
+    return f"[{COLOURS[state]}]{state.value}[/{COLOURS[state]}]"
 
 
 def _moment(at_s: float) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated
 
 import typer
 
 from cluster.cli import change_view, output
-from cluster.cli.follow import end_with, follow, how_to_look
+from cluster.cli.follow import carry_out
 from cluster.cli.target import Cluster, Json, TopologyFile, target
 from cluster.control.changes import (
     DEFAULT_GRACE_S,
@@ -20,9 +21,9 @@ from cluster.control.changes import (
     Scale,
 )
 from cluster.control.client import ControlClient
+from cluster.control.wire import NODE_PATTERN
 from cluster.errors import InvalidInput
 from cluster.identity import Role, WorkerId
-from cluster.launcher.target import Target
 
 Grace = Annotated[
     float,
@@ -55,7 +56,8 @@ def scale(
     Example: pdcluster scale decode 3
     """
     at = target(topology, cluster)
-    _carry_out(at, at.control(), Scale(pool, replicas, grace_s(grace)), why, no_wait, json)
+    ask = Scale(pool, replicas, grace_s(grace))
+    carry_out(at, at.control(), ask, why, no_wait=no_wait, json=json)
 
 
 def role(
@@ -82,7 +84,7 @@ def role(
     at = target(topology, cluster)
     control = at.control()
     ask = ChangeRole(_worker(control, worker), Role(to), grace_s(grace), restart)
-    _carry_out(at, control, ask, why, no_wait, json)
+    carry_out(at, control, ask, why, no_wait=no_wait, json=json)
 
 
 def drain(
@@ -117,15 +119,20 @@ def drain(
         if give_back:
             raise InvalidInput(f"--return is for nodes; {what} is a worker, which comes by itself")
         ask = DrainWorker(_worker(control, what), grace_s(grace))
+    elif re.fullmatch(NODE_PATTERN, what) is None:
+        raise InvalidInput(
+            f"drain: found {what!r}; write POOL/INDEX, as in decode/0, or a node's address or "
+            "Ray's id of it"
+        )
     else:
         ask = ReturnNode(what) if give_back else DrainNode(what, grace_s(grace))
-    _carry_out(at, control, ask, why, no_wait, json)
+    carry_out(at, control, ask, why, no_wait=no_wait, json=json)
 
 
 def changes(
     id: Annotated[
         int | None,
-        typer.Argument(metavar="[ID]", min=0, help="Show this one in full. Default: list all."),
+        typer.Argument(metavar="ID", min=0, help="Show this one in full. Default: list all."),
     ] = None,
     topology: TopologyFile = None,
     cluster: Cluster = None,
@@ -155,22 +162,6 @@ def grace_s(seconds: float) -> float:
     if not math.isfinite(seconds) or seconds < 0:
         raise InvalidInput(f"--grace: found {seconds:g}; write a number of seconds from 0 on")
     return seconds
-
-
-def _carry_out(
-    at: Target, control: ControlClient, ask: Ask, why: str, no_wait: bool, json: bool
-) -> None:
-    """Ask, wait, show. Raises: typer.Exit with code 1: it failed."""
-    change = control.ask(ask, why)
-    if not no_wait:
-        change = follow(at, control, change, is_silent=json)
-    if json:
-        output.print_json(change_view.of(change))
-    else:
-        change_view.draw_end(change)
-        if no_wait:
-            output.out.print(how_to_look(at, change), markup=False)
-    end_with(change)
 
 
 def _worker(control: ControlClient, text: str) -> str:

@@ -56,33 +56,22 @@ def doctor(
         raise typer.Exit(1)
 
 
-class _Progress:
+class _Progress(output.MovingLine):
     """A moving line on a terminal: how many hosts are done, and the last news. Elsewhere nothing,
     except of hosts that failed."""
 
     def __init__(self, hosts: int, is_silent: bool) -> None:
+        super().__init__(is_silent)
         self._hosts = hosts
         self._done: set[str] = set()
         self._is_silent = is_silent
-        self._moving = output.err.status("") if output.err.is_terminal and not is_silent else None
-
-    def __enter__(self) -> _Progress:
-        if self._moving is not None:
-            self._moving.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._moving is not None:
-            self._moving.stop()
 
     def tell(self, host: str, news: str) -> None:
         if news.startswith(("looked at", "failed")):
             self._done.add(host)
         if news.startswith("failed") and not self._is_silent:
             output.err.print(f"{host} {news}", markup=False)
-        if self._moving is not None:
-            said = f"{len(self._done)} of {self._hosts} hosts looked at; {host} {news}"
-            self._moving.update(escape(said))
+        self._move(f"{len(self._done)} of {self._hosts} hosts looked at; {host} {news}")
 
 
 def _here() -> Versions:

@@ -22,15 +22,9 @@ def validate(file: File, json: Json = False) -> None:
 
     Example: pdcluster validate topologies/local-cpu.yaml
     """
-    from cluster.errors import TopologyError
     from cluster.launcher.validate import validate as check
 
-    try:
-        topology = check(file)
-    except TopologyError as error:
-        if json:
-            output.print_json({"valid": False, "faults": [asdict(f) for f in error.faults]})
-        raise
+    topology = check(file)
     if json:
         output.print_json({"valid": True, "cluster": topology.cluster_name, "faults": []})
         return

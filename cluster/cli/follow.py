@@ -1,5 +1,5 @@
-"""Wait for a Change to end, and show how it goes, on stderr: a line per step, and what it waits for
-as a moving line. Without a terminal: a line whenever it waits for something else.
+"""Ask for a change, wait for its end, and show how it goes, on stderr: a line per step, and what it
+waits for as a moving line. Without a terminal: a line whenever it waits for something else.
 
 Called by: cli.changes, cli.apply.
 """
@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import re
 import time
-from types import TracebackType
+from dataclasses import asdict
 
 import typer
-from rich.markup import escape
-from rich.status import Status
 
 from cluster.cli import change_view, output
-from cluster.control.changes import Change, ChangeState
+from cluster.control.changes import Ask, Change, ChangeState, Plan
 from cluster.control.client import ControlClient, ControlError, UnknownName
-from cluster.errors import ClusterError
+from cluster.control.wire import MOST_WHY_CHARACTERS, WHY_PATTERN
+from cluster.errors import ClusterError, InvalidInput
 from cluster.launcher.target import Target
 
 FAILED, INTERRUPTED = 1, 130
@@ -26,12 +25,46 @@ _POLL_S = 0.3
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
-def follow(at: Target, control: ControlClient, change: Change, is_silent: bool) -> Change:
-    """`change` as it ended; `is_silent`: nothing is shown meanwhile.
+def carry_out(
+    at: Target,
+    control: ControlClient,
+    ask: Ask,
+    why: str,
+    *,
+    no_wait: bool,
+    json: bool,
+    plan: Plan | None = None,
+) -> None:
+    """Ask, wait, show. `plan`: of an Apply; JSON has it beside the change.
 
-    Raises: ClusterError: the controller does not answer, or does not know it any more.
+    Raises: InvalidInput: refused, or `why`; ClusterError: the controller does not answer, or does
+    not know the change any more; typer.Exit with code 1: it failed, or a later one took its place.
     Cancel: Ctrl-C ends the waiting, with exit code 130; the change goes on."""
-    look = how_to_look(at, change)
+    if len(why) > MOST_WHY_CHARACTERS or re.fullmatch(WHY_PATTERN, why) is None:
+        most = f"one line of at most {MOST_WHY_CHARACTERS} characters"
+        raise InvalidInput(f"--why: found {len(why)} characters, or several lines; write {most}")
+    try:
+        change = control.ask(ask, why)
+    except KeyboardInterrupt:
+        said = f"the change may have begun; `pdcluster changes{_which(at)}` lists them"
+        output.err.print(said, markup=False)
+        raise typer.Exit(INTERRUPTED) from None
+    if not no_wait:
+        change = _follow(at, control, change, is_silent=json)
+    if json:
+        told = change_view.of(change)
+        output.print_json(told if plan is None else {"plan": asdict(plan), "change": told})
+    else:
+        change_view.draw_end(change)
+        if no_wait:
+            output.out.print(_how_to_look(at, change), markup=False)
+    if change.state in _ENDED_BADLY:
+        raise typer.Exit(FAILED)
+
+
+def _follow(at: Target, control: ControlClient, change: Change, is_silent: bool) -> Change:
+    """`change` as it ended; `is_silent`: nothing is shown meanwhile."""
+    look = _how_to_look(at, change)
     try:
         with _Shown(is_silent) as shown:
             shown.take(change)
@@ -53,41 +86,22 @@ def follow(at: Target, control: ControlClient, change: Change, is_silent: bool) 
     return change
 
 
-def how_to_look(at: Target, change: Change) -> str:
-    which = f" --cluster {at.cluster}" if at.here is not None else ""
-    return f"`pdcluster changes {change.id}{which}` shows how far it is"
+def _how_to_look(at: Target, change: Change) -> str:
+    return f"`pdcluster changes {change.id}{_which(at)}` shows how far it is"
 
 
-def end_with(change: Change) -> None:
-    """Raises: typer.Exit with code 1: it failed, or a later one took its place."""
-    if change.state in _ENDED_BADLY:
-        raise typer.Exit(FAILED)
+def _which(at: Target) -> str:
+    return f" --cluster {at.cluster}" if at.here is not None else ""
 
 
-class _Shown:
+class _Shown(output.MovingLine):
     """What of one change has been shown."""
 
     def __init__(self, is_silent: bool) -> None:
+        super().__init__(is_silent)
         self._is_silent = is_silent
-        self._moving: Status | None = None
-        if output.err.is_terminal and not is_silent:
-            self._moving = output.err.status("")
         self._steps = 0
         self._waited_for = ""
-
-    def __enter__(self) -> _Shown:
-        if self._moving is not None:
-            self._moving.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._moving is not None:
-            self._moving.stop()
 
     def take(self, change: Change) -> None:
         """Show what is new of it."""
@@ -96,8 +110,8 @@ class _Shown:
         for step in change.steps[self._steps :]:
             output.err.print(change_view.step_line(change, step))
         self._steps = len(change.steps)
-        if self._moving is not None:
-            self._moving.update(escape(change.waits_for or change.what))
+        self._move(change.waits_for or change.what)
+        if output.err.is_terminal:
             return
         # That a count went from 8 to 7 is no line of its own.
         waited_for = _NUMBER.sub("", change.waits_for)

@@ -111,7 +111,7 @@ def down(
     name = cluster_name(file, cluster)
     if name is None:
         if not running.all_running():
-            _say_nothing_runs("any", json)
+            _say_nothing_runs(None, json)
             return
         name = running.choose(None).cluster
     if json:
@@ -127,13 +127,13 @@ def down(
         output.out.print(f"cluster {name} is down")
 
 
-def _say_nothing_runs(name: str, json: bool, file: Path | None = None) -> None:
+def _say_nothing_runs(name: str | None, json: bool, file: Path | None = None) -> None:
     from cluster.launcher import local_ray
     from cluster.topology import loader
 
     if json:
         output.print_json({"cluster": name, "was_running": False})
         return
-    output.out.print(f"nothing runs here (cluster: {name})")
+    output.out.print("nothing runs here" + (f" (cluster: {name})" if name is not None else ""))
     if file is not None and not local_ray.is_local(loader.load(file)):
         output.out.print(f"on its own machines, `ray down {file}` ends it with all its nodes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -94,6 +95,9 @@ def _remote_logs(
     except PeerGone as error:
         error.add_note("`pdcluster status` shows why, and the last words of one that failed")
         raise
+    if worker.generation not in (0, window.generation):
+        now = replace(worker, generation=window.generation)
+        raise InvalidInput(f"{worker} is gone; it is {now} now")
     offset, generation = _write_tail(window.data, window.next_offset, lines), window.generation
     while follow:
         try:

@@ -151,10 +151,10 @@ def _guarded(command: Callable[P, None], is_debug: bool) -> Callable[P, None]:
             # `pdcluster logs ... | head`. What is still buffered has nowhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except ClusterError as error:
-            _tell(error, is_debug)
+            _tell(error, is_debug, bool(kwargs.get("json")))
             raise typer.Exit(INVALID if isinstance(error, InvalidInput) else FAILED) from None
         except Exception as error:
-            _tell(error, is_debug)
+            _tell(error, is_debug, bool(kwargs.get("json")))
             if not is_debug:
                 output.err.print("a mistake in pdcluster; --debug shows where", markup=False)
             raise typer.Exit(FAILED) from None
@@ -162,7 +162,7 @@ def _guarded(command: Callable[P, None], is_debug: bool) -> Callable[P, None]:
     return guarded
 
 
-def _tell(error: Exception, is_debug: bool) -> None:
+def _tell(error: Exception, is_debug: bool, is_json: bool) -> None:
     if is_debug:
         output.err.print_exception()
     kind = "" if isinstance(error, ClusterError) else f"{type(error).__name__}: "
@@ -170,6 +170,8 @@ def _tell(error: Exception, is_debug: bool) -> None:
     output.err.print(str(error), markup=False)
     for note in getattr(error, "__notes__", ()):
         output.err.print(note, markup=False)
+    if is_json:
+        output.print_error_json(error)
 
 
 if __name__ == "__main__":

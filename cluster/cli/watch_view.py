@@ -18,7 +18,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from cluster.cli import output
+from cluster.cli import change_view, output
 from cluster.cli.live_feed import Feed, Value
 from cluster.control.changes import Change, ChangeState
 from cluster.control.live import PoolLive, WorkerLive
@@ -303,11 +303,10 @@ def _not_ready(worker: WorkerLive, now_s: float) -> Text:
 
 def _change(change: Change, now_s: float) -> Text:
     is_running = change.state is ChangeState.RUNNING
-    colour = {"running": "yellow", "done": "green"}.get(change.state.value, "red")
     took = output.span_text((change.ended_at_s or now_s) - change.asked_at_s)
     said = change.waits_for if is_running else change.why
     return Text.assemble(
-        (f"{change.state.value:8}", colour),
+        (f"{change.state.value:8}", change_view.COLOURS[change.state]),
         f" {change.what} ",
         (f"({took}, {change.asked_by})", "dim"),
         f": {said}" if said else "",

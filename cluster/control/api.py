@@ -13,7 +13,7 @@
 
 The token is asked for before a request is looked at any further; whatever is not `/health` or a
 file of the page, also what does not exist, needs it. Errors are `{"error": {"message", "type"}}`.
-Called by: control.actor. No Ray here: the controller is passed in.
+Called by: control.api_server. No Ray here: the controller is passed in.
 """
 
 from __future__ import annotations
@@ -169,11 +169,11 @@ def _reading(controls: Controls) -> APIRouter:
         try:
             window = await controls.read_log(name, offset, limit_bytes, rank)
         except InvalidInput as error:
-            return refused(HTTPStatus.NOT_FOUND, str(error), "no_such_rank")
+            return refused(HTTPStatus.NOT_FOUND, str(error), wire.UNKNOWN_NAME)
         except PeerGone as error:
             known = {report.id.name for report in (await controls.status()).workers}
             status = HTTPStatus.SERVICE_UNAVAILABLE if name in known else HTTPStatus.NOT_FOUND
-            return refused(status, str(error), "worker_gone")
+            return refused(status, str(error), wire.WORKER_GONE)
         return Response(
             window.data,
             media_type="application/octet-stream",

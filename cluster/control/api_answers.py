@@ -1,6 +1,6 @@
 """What the control API answers with: JSON, or a refusal, and how refusals stand in its document.
 
-Called by: control.api, control.api_changes.
+Called by: control.api, control.api_*.
 """
 
 from __future__ import annotations

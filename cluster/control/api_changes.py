@@ -71,8 +71,8 @@ class _Body(BaseModel):
 class _Reasoned(_Body):
     why: str = Field(
         default="",
-        max_length=500,
-        pattern=r"^[^\x00-\x1f\x7f]*$",
+        max_length=wire.MOST_WHY_CHARACTERS,
+        pattern=wire.WHY_PATTERN,
         description="The reason, for people; kept with the change's events.",
     )
 
@@ -121,7 +121,7 @@ class ApplyRequest(PlanRequest, _Graceful):
 _Pool = Annotated[str, Path(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 _Index = Annotated[int, Path(ge=0)]
 _Node = Annotated[
-    str, Path(pattern=r"^[A-Za-z0-9._:-]{1,255}$", description="Its address, or Ray's id of it.")
+    str, Path(pattern=wire.NODE_PATTERN, description="Its address, or Ray's id of it.")
 ]
 _AskedBy = Annotated[
     str,
@@ -236,7 +236,7 @@ def watching(controls: ChangeControls) -> APIRouter:
         try:
             return json(wire.change_json(await controls.change(id)))
         except KeyError:
-            said = f"no change {id} is known, or not any more; /v1/changes tells the latest"
+            said = f"no change {id} is known, or not any more; `pdcluster changes` lists the latest"
             return refused(HTTPStatus.NOT_FOUND, said, wire.UNKNOWN_NAME)
 
     @router.get("/events", response_model=wire.Events)

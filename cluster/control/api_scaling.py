@@ -2,7 +2,7 @@
 
     GET /v1/scaling      its last decision: actions, what each pool needs and why, targets
 
-Called by: control.api. Changes nothing.
+Called by: control.api; the answer alone, control.api_live. Changes nothing.
 """
 
 from __future__ import annotations

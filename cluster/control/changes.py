@@ -100,10 +100,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A figure before and after a change: `ready replicas of prefill` 1 3."""
+    """A figure before and after a change: `ready to prefill` 1 3."""
 
     what: str
-    unit: str  # s, tokens, replicas, requests/s; "": none
+    unit: str  # s; "": none
     before: float | None
     after: float | None
 
@@ -136,6 +136,9 @@ class PlanStep:
 
     what: str
     keys: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.keys)}: {self.what}" if self.keys else self.what
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,9 +183,7 @@ class ControlClient:
         return _Answer(response.status, found, answered)
 
     def _silent(self, error: Exception) -> ControlError:
-        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        why = why or type(error).__name__
-        return ControlError(f"{self._at} does not answer ({why.lower()}); {self.access.check}")
+        return ControlError(f"{self._at} does not answer ({reason(error)}); {self.access.check}")
 
     def _refusal(self, answer: _Answer) -> ClusterError:
         try:
@@ -194,7 +192,7 @@ class ControlClient:
             problem = wire.Problem(answer.body.decode(errors="replace")[:300], "unknown")
         if answer.status == 401:
             return ControlError(f"{self._at} refuses the token; {self.access.token_advice}")
-        if problem.type == "worker_gone":
+        if problem.type == wire.WORKER_GONE:
             worker, _, why = problem.message.partition(" is gone: ")
             return PeerGone(worker, why)
         if problem.type == wire.UNKNOWN_NAME:
@@ -203,7 +201,10 @@ class ControlClient:
             return InvalidInput(problem.message)
         if problem.type == wire.INVALID:
             return InvalidInput(f"{self._at} does not take it: {problem.message}")
-        return ControlError(f"{self._at}: {answer.status} {problem.message}")
+        said = f"{self._at}: {answer.status} {problem.message}"
+        if answer.status == 404:
+            said += f"; is that a control API, and of this version? {self.access.check}"
+        return ControlError(said)
 
     def _understood(self, read: Callable[[bytes], T], body: bytes) -> T:
         try:
@@ -224,3 +225,9 @@ def connect(url: str, connect_s: float, answer_s: float) -> http.client.HTTPConn
     connection.connect()
     connection.sock.settimeout(answer_s)
     return connection
+
+
+def reason(error: Exception) -> str:
+    """Why a connection failed, in few words."""
+    said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return (said or type(error).__name__).lower()

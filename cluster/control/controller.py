@@ -117,7 +117,7 @@ class Controller:
             after = operations.apply_ask(before, ask, reports, self._loop.history.next_id())
             target = ""
             if isinstance(ask, DrainWorker):
-                target = str(operations.worker_of(ask.worker, before, reports).id)
+                target = str(operations.worker_of(ask.worker, reports).id)
             elif isinstance(ask, DrainNode):
                 target = operations.node_of(ask.node, before, reports)
             if isinstance(ask, Apply):

@@ -1,7 +1,7 @@
 """The workers that exist, and what is being done to them: starts, drains, removals, flips.
 
 Each deed is a task in the background; the worker's entry says meanwhile what it is about, and the
-next tick goes by that. Decides nothing. Called by: control.controller.
+next tick goes by that. Decides nothing. Called by: control.loop.
 """
 
 from __future__ import annotations

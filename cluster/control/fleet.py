@@ -1,7 +1,7 @@
 """What the controller knows of one worker, and how it learns more.
 
 A worker whose actor is dead is gone. One that merely does not answer is not: it keeps its last
-report, and counts as hung only after the pool's `hung_after_s`. Called by: control.controller.
+report, and counts as hung only after the pool's `hung_after_s`. Called by: control.crew.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 Past its grace what it has in hand goes on elsewhere (`lets_go`). No snapshot shows it in two roles
 or with a role and half of its work gone. A request that was routed before CHANGING and arrives
 after the flip is answered all the same: only engines that do both come here.
-Called by: control.controller.
+Called by: control.crew.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the gateway replicas have told of themselves: their latest reports, and what is new in them.
 
-Called by: control.controller.
+Called by: control.loop.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The changes that were asked of this cluster: begun, followed until they end, kept for a while.
 
 Those that run are in the store, so that a restarted controller goes on following them; what it
-follows them by is `progress.look`, which needs nothing else. Called by: control.controller.
+follows them by is `progress.look`, which needs nothing else. Called by: control.loop.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def figures(seen: Seen, gateways: Sequence[GatewayReport]) -> dict[str, float]:
         spreads = [pair.ttft_s for gateway in gateways for pair in gateway.pairs]
         ttft_s = added(spreads).percentile_s(_PERCENTILE)
         if ttft_s is not None:
-            found["TTFT p95 so far [s]"] = ttft_s
+            found[f"TTFT p{_PERCENTILE:g} so far [s]"] = ttft_s
     return found
 
 

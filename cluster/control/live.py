@@ -2,7 +2,8 @@
 asked last. In: desired state, reports, Recent. Out: Live. Pure.
 
 Rows of workers are kept with the point at which they last changed, so that an answer to somebody
-who polls holds those only, and the names of those that are gone. Called by: control.controller.
+who polls holds those only, and the names of those that are gone.
+Called by: control.controller, control.loop.
 """
 
 from __future__ import annotations
@@ -269,16 +270,19 @@ def _moving(recent: Recent, links: Sequence[Pair]) -> tuple[dict[Pair, float], d
 
 
 def _nodes(reports: Sequence[WorkerReport], desired: DesiredState | None) -> tuple[NodeLive, ...]:
-    drained = desired.drained_nodes if desired is not None else ()
-    addresses = {report.node_id: report.node_ip for report in reports if report.node_id}
+    drained = desired.drained_nodes if desired is not None else {}
+    addresses = {
+        **drained,
+        **{report.node_id: report.node_ip for report in reports if report.node_id},
+    }
     return tuple(
         NodeLive(
             id=node,
-            address=addresses.get(node, ""),
+            address=address,
             workers=sum(node in {report.node_id, *report.node_ids} for report in reports),
             is_drained=node in drained,
         )
-        for node in sorted({*addresses, *drained})
+        for node, address in sorted(addresses.items())
     )
 
 

@@ -7,7 +7,6 @@ goes on wanting a worker in that place.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 
@@ -25,6 +24,7 @@ from cluster.control.reconcile import PoolWanted
 from cluster.control.state import DesiredState, Rollout
 from cluster.errors import InvalidInput
 from cluster.identity import Role, WorkerId, WorkerState
+from cluster.topology.findings import did_you_mean
 from cluster.topology.schema import PoolSpec
 from cluster.workers.report import WorkerReport
 
@@ -42,11 +42,12 @@ def apply_ask(
     if isinstance(ask, ChangeRole):
         return _with_role(desired, ask, reports)
     if isinstance(ask, DrainWorker):
-        worker_of(ask.worker, desired, reports)
+        worker_of(ask.worker, reports)
         return desired.model_copy(update={"grace_s": ask.grace_s})
     if isinstance(ask, DrainNode):
         node = node_of(ask.node, desired, reports)
-        drained = tuple(dict.fromkeys((*desired.drained_nodes, node)))
+        address = next((r.node_ip for r in reports if r.node_id == node), "")
+        drained = {node: address, **desired.drained_nodes}
         return desired.model_copy(update={"drained_nodes": drained, "grace_s": ask.grace_s})
     if isinstance(ask, ReturnNode):
         return _with_node(desired, ask, reports)
@@ -87,7 +88,7 @@ def pools_of(desired: DesiredState, ask: Ask, reports: Sequence[WorkerReport]) -
     ) or tuple(sorted(names))
 
 
-def worker_of(name: str, desired: DesiredState, reports: Sequence[WorkerReport]) -> WorkerReport:
+def worker_of(name: str, reports: Sequence[WorkerReport]) -> WorkerReport:
     """The newest generation of a worker that lives. Raises: InvalidInput."""
     try:
         wanted = WorkerId.parse(name)
@@ -109,8 +110,10 @@ def node_of(name: str, desired: DesiredState, reports: Sequence[WorkerReport]) -
         for node in (report.node_id, *report.node_ids):
             if node:
                 by_name.setdefault(node, set()).add(node)
-    for node in desired.drained_nodes:
+    for node, address in desired.drained_nodes.items():
         by_name.setdefault(node, set()).add(node)
+        if address:
+            by_name.setdefault(address, set()).add(node)
     found = by_name.get(name, set())
     if len(found) == 1:
         return next(iter(found))
@@ -120,15 +123,17 @@ def node_of(name: str, desired: DesiredState, reports: Sequence[WorkerReport]) -
             "of these ids"
         )
     known = ", ".join(sorted(name for name in by_name if name)) or "none"
-    raise InvalidInput(f"node: found {name}; no worker is on it. Nodes with workers: {known}")
+    raise InvalidInput(
+        f"node: found {name}; no worker is on it. Nodes with workers, or drained: {known}"
+    )
 
 
 def _scaled(desired: DesiredState, ask: Scale) -> DesiredState:
     pool = _pool(desired, ask.pool)
     least, most = pool.replicas.min, pool.replicas.max
     if not least <= ask.replicas <= most:
-        bound = f"at most {most} (replicas.max)" if ask.replicas > most else f"at least {least}"
-        bound += "" if ask.replicas > most else " (replicas.min)"
+        is_over = ask.replicas > most
+        bound = f"at most {most} (replicas.max)" if is_over else f"at least {least} (replicas.min)"
         raise InvalidInput(
             f"replicas of {ask.pool}: found {ask.replicas}; the topology allows {bound}; change it "
             "there and `pdcluster apply FILE`, or ask for a number within"
@@ -155,7 +160,7 @@ def _others_decode(desired: DesiredState, pool: PoolSpec) -> bool:
 def _with_role(
     desired: DesiredState, ask: ChangeRole, reports: Sequence[WorkerReport]
 ) -> DesiredState:
-    report = worker_of(ask.worker, desired, reports)
+    report = worker_of(ask.worker, reports)
     name, pool = report.id.name, _pool(desired, report.id.pool)
     if ask.role not in roles.OTHER:
         raise InvalidInput(f"role of {name}: found {ask.role}; write prefill or decode")
@@ -199,16 +204,14 @@ def _with_node(
     if node not in desired.drained_nodes:
         listed = ", ".join(desired.drained_nodes) or "none"
         raise InvalidInput(f"node: found {ask.node}, which is not drained; drained are: {listed}")
-    rest = tuple(other for other in desired.drained_nodes if other != node)
+    rest = {other: at for other, at in desired.drained_nodes.items() if other != node}
     return desired.model_copy(update={"drained_nodes": rest})
 
 
 def _applied(desired: DesiredState, ask: Apply, change: int) -> DesiredState:
     planned = rollout.plan(desired, ask.serving)
     if planned.refused:
-        raise InvalidInput(
-            "\n".join(f"{', '.join(step.keys)}: {step.what}" for step in planned.refused)
-        )
+        raise InvalidInput("\n".join(map(str, planned.refused)))
     after = _with_fit_roles(
         rollout.target(desired, ask.serving).model_copy(update={"grace_s": ask.grace_s})
     )
@@ -251,8 +254,6 @@ def _with_fit_roles(desired: DesiredState) -> DesiredState:
 def _pool(desired: DesiredState, name: str) -> PoolSpec:
     pool = desired.pool(name)
     if pool is None:
-        known = [pool.name for pool in desired.serving.pools]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise InvalidInput(f"pool: found {name}; the pools are {', '.join(known)}{hint}")
+        fix = did_you_mean(name, [pool.name for pool in desired.serving.pools])
+        raise InvalidInput(f"pool: found {name}; {fix}")
     return pool

@@ -25,7 +25,7 @@ from cluster.identity import Role, WorkerId, WorkerState
 from cluster.workers.report import WorkerReport
 
 # Workers that find no room this long after they were asked for are told of as missing.
-NO_ROOM_AFTER_S = 15.0
+MISSED_AFTER_S = 15.0
 # A worker that fails this often in a row is not waited for.
 FAILURES_WAITED_FOR = 2
 _SHOWN = 3
@@ -145,7 +145,7 @@ def _whole(pools: Sequence[str], asked_at_s: float, seen: Seen) -> Outlook:
         wanted = pool.replicas.initial if pool is not None else 0
         mine = seen.of(name)
         ready = [r for r in mine if r.state in (WorkerState.READY, WorkerState.CHANGING)]
-        leaving = [r for r in mine if r.state is WorkerState.DRAINING]
+        leaving = [r for r in mine if r.state in (WorkerState.DRAINING, WorkerState.STOPPED)]
         going += leaving
         coming += [r for r in mine if r not in ready and r not in leaving]
         if len(ready) > wanted:  # one will be told to go at the next tick
@@ -159,7 +159,7 @@ def _whole(pools: Sequence[str], asked_at_s: float, seen: Seen) -> Outlook:
         return _DONE if not coming else _waits(coming)
     placed = [report for report in coming if report.node_ip]
     unplaced = [report for report in coming if not report.node_ip]
-    is_late = seen.now_s - asked_at_s > NO_ROOM_AFTER_S
+    is_late = seen.now_s - asked_at_s > MISSED_AFTER_S
     if unplaced and not placed and not going and len(unplaced) >= missing and is_late:
         # They differ in nothing but their number.
         why = f"no room for {_names(unplaced)}: {unplaced[0].message}"

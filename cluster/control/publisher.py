@@ -2,7 +2,7 @@
 has seen which.
 
 A gateway that asks for what comes after version N has taken in N: that is its acknowledgement.
-Called by: control.controller.
+Called by: control.loop.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Reconcile pools. In: pools wanted, workers observed, the history of each slot, now. Out: actions.
 
 A slot is a place in a pool (pool, index). Each start in it gets a new generation; it holds one
-worker, or two while one is being replaced. Called by: control.controller at every tick. Pure:
-sends nothing, reads no clock.
+worker, or two while one is being replaced. Called by: control.loop at every tick. Pure: sends
+nothing, reads no clock.
 
     slot empty,  wanted,  pause over   ─▶ Start
     worker FAILED, HUNG or vanished    ─▶ Remove, and the slot pauses before its next Start

@@ -2,7 +2,7 @@
 
 A worker changes its role without a new start where its engine can do both (the adapter says so);
 else it is replaced by one that is started for the other role. Either way it stays in its pool and
-island. Pure. Called by: control.operations, control.snapshots, control.controller.
+island. Pure. Called by: control.operations, control.snapshots, control.loop.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@
 
 While pools that feed each other are rolled out together, no old worker goes before each of them
 has a new one that is ready: unlike revisions never exchange blocks (kv.fingerprint), so each kind
-needs its own. Called by: control.operations, control.controller.
+needs its own. Called by: control.operations, control.progress, control.loop,
+control.controller.
 """
 
 from __future__ import annotations

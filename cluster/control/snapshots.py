@@ -2,7 +2,7 @@
 
 A link is open unless every pair of workers that could use it is unlike: with two versions in one
 pool, the like ones keep the link alive and routing keeps the unlike ones apart (it compares
-fingerprints itself, per pair). Called by: control.controller.
+fingerprints itself, per pair). Called by: control.loop, control.publisher.
 """
 
 from __future__ import annotations

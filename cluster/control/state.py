@@ -42,7 +42,8 @@ class DesiredState(BaseModel):
     """What a cluster should serve, and what `up` found out about the model.
 
     `pools[].replicas.initial` is what is wanted now. `roles`: workers (POOL/INDEX) that serve in
-    another role than their pool. `drained_nodes`: Ray's ids of nodes that take no workers."""
+    another role than their pool. `drained_nodes`: Ray's ids of nodes that take no workers, and
+    their addresses, which nobody else tells once no worker is there."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,7 +55,7 @@ class DesiredState(BaseModel):
     kv_bytes_per_token: int
     host: str = ""  # address that engines bind; "": each node's own Ray address
     roles: dict[str, Role] = {}
-    drained_nodes: tuple[str, ...] = ()
+    drained_nodes: dict[str, str] = {}
     grace_s: float = DRAIN_GRACE_S  # as whoever last made workers superfluous said
     rollout: Rollout | None = None
 
@@ -117,7 +118,7 @@ class DesiredState(BaseModel):
             host=self.host,
             peers=self.serving.peers_of(pool.name),
             revision=self.revision(pool.name),
-            avoided_nodes=self.drained_nodes,
+            avoided_nodes=tuple(self.drained_nodes),
         )
 
 

@@ -3,7 +3,7 @@ key, the control API's address and token, the generation of every slot, what was
 cluster, and how far snapshot versions have been given out.
 
 The store lives in the head's GCS process: it outlives every actor, and ends with the Ray cluster.
-Called by: control.controller, control.actor, and the launcher through control.actor.
+Called by: control.loop, control.publisher, control.actor, and the launcher through control.actor.
 """
 
 from __future__ import annotations

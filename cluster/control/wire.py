@@ -1,7 +1,7 @@
 """The control API's values as JSON, both ways, and the names that both of its ends must know.
 
 Unknown keys are ignored when reading: an older client understands a newer head.
-Called by: control.api, control.client.
+Called by: control.api, control.api_*, control.client; the names also by cli.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ LONGEST_WAIT_S = 30.0  # of GET /v1/events
 INVALID = "invalid_request"  # not as the document has it
 REFUSED = "refused"  # as it has it, but not to be done
 UNKNOWN_NAME = "unknown_name"
+WORKER_GONE = "worker_gone"
+
+WHY_PATTERN = r"^[^\x00-\x1f\x7f]*$"
+MOST_WHY_CHARACTERS = 500
+NODE_PATTERN = r"^[A-Za-z0-9._:-]{1,255}$"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """What engines are sent, made out of what the client sent. Pure.
 
-Called by: gateway.exchange, gateway.engines.
+Called by: gateway.attempt, gateway.engines.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     neither   once something was sent, a failure is the end of the answer
 
 An engine's own stop to be recomputed elsewhere (`stop_reason` "recomputed", vLLM-Ascend's when it
-runs out of KV blocks) is the same step, for whole answers too. Pure. Called by: gateway.exchange.
+runs out of KV blocks) is the same step, for whole answers too. Pure. Called by: gateway.exchange,
+gateway.attempt.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 Requests that such a worker has in hand go on elsewhere (`attempt`), by the same loop as after a
 failure. Only a drained one still does what it has: what cannot go on elsewhere may stay with it.
-Called by: gateway.fleet.
+Called by: gateway.fleet, gateway.attempt.
 """
 
 from __future__ import annotations

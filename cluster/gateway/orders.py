@@ -11,7 +11,7 @@ ended, and the failure says which engine it was. After that prefill's call, if i
 nobody's concern; it ends with the passage at the latest.
 
 Who writes is ended before who owns the memory: prefill before decode where prefill pushes, decode
-before prefill's blocks are released where decode pulls. Called by: gateway.exchange.
+before prefill's blocks are released where decode pulls. Called by: gateway.attempt.
 """
 
 from __future__ import annotations

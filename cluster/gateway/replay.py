@@ -4,7 +4,7 @@ For answers that tokens alone do not determine (`continuation.why_not`): tool ca
 grammars. Another engine, asked for the same again, is in the same state at every token, provided
 that it chooses the same tokens: greedily or from the client's seed. That is checked token by token;
 an engine that chooses otherwise ends the answer with an error, never with text of two minds.
-Called by: gateway.exchange.
+Called by: gateway.course.
 """
 
 from __future__ import annotations

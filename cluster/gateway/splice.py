@@ -2,7 +2,7 @@
 
 A later engine was given prompt + sent tokens as its prompt. Its events are rewritten so that they
 read as the rest of the first engine's: same id and time, no second role, nothing said twice, and a
-usage that counts each token once. Called by: gateway.exchange.
+usage that counts each token once. Called by: gateway.course, gateway.replay.
 """
 
 from __future__ import annotations

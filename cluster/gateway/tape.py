@@ -7,7 +7,7 @@ without us, byte for byte.
 
 Text may lag behind ids: an engine holds back half a character, and with `stop` as many characters
 as the longest stop string might still match. `Tape.sent` finds the tokens whose text was sent.
-Called by: gateway.exchange.
+Called by: gateway.course, gateway.replay.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.control.client import connect
+from cluster.control.client import connect, reason
 from cluster.errors import ClusterError
 
 _TIMEOUT_S = 600.0
@@ -36,11 +36,13 @@ class Answer:
 
 
 class Endpoint:
-    """One endpoint at `url` (http://host:port). `key`: None if it asks for none."""
+    """One endpoint at `url` (http://host:port). `key`: None if it asks for none. `key_advice`: what
+    to do if it is refused."""
 
-    def __init__(self, url: str, key: str | None) -> None:
+    def __init__(self, url: str, key: str | None, key_advice: str = "") -> None:
         self.url = url
         self._key = key
+        self._key_advice = key_advice
 
     def why_not_ready(self) -> str:
         """ "" if it can serve, else what it or the network says."""
@@ -66,9 +68,9 @@ class Endpoint:
             response = self._send("GET", "/v1/models", None, timeout_s=5.0)
             body = response.read()
         except OSError as error:
-            raise EndpointError(f"{self.url} does not answer ({error})") from error
+            raise self._silent(error) from error
         if response.status != 200:
-            raise EndpointError(f"{self.url}: {response.status} {_message(body)}")
+            raise self._refusal(response.status, body)
         return str(json.loads(body)["data"][0]["id"])
 
     def metrics(self) -> str:
@@ -123,12 +125,18 @@ class Endpoint:
         try:
             response = self._send("POST", "/v1/chat/completions", body, _TIMEOUT_S)
         except OSError as error:
-            raise EndpointError(
-                f"{self.url} does not answer ({error}); see: pdcluster status"
-            ) from error
+            raise self._silent(error) from error
         if response.status != 200:
-            raise EndpointError(f"{self.url}: {response.status} {_message(response.read())}")
+            raise self._refusal(response.status, response.read())
         return response
+
+    def _silent(self, error: OSError) -> EndpointError:
+        return EndpointError(f"{self.url} does not answer ({reason(error)}); see: pdcluster status")
+
+    def _refusal(self, status: int, body: bytes) -> EndpointError:
+        said = f"{self.url}: {status} {_message(body) or http.client.responses.get(status, '')}"
+        is_advised = status == http.client.UNAUTHORIZED and self._key_advice
+        return EndpointError(f"{said} {self._key_advice}" if is_advised else said)
 
     def _send(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float

@@ -104,7 +104,10 @@ class Target:
 
     def endpoint(self) -> Endpoint:
         """Raises: ClusterError: its address or key is not known."""
-        return Endpoint(_known(self.endpoint_url), self.api_key.read(self.environ)[0])
+        url = _known(self.endpoint_url)
+        key, source = self.api_key.read(self.environ)
+        advice = f"It came from {source}; set {API_KEY_ENV} to one that is." if source else ""
+        return Endpoint(url, key, advice or f"Set {API_KEY_ENV}.")
 
     def endpoint_or_none(self) -> Endpoint | None:
         """The same, for what can be done without."""

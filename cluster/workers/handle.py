@@ -185,8 +185,10 @@ class RayWorkerHandle:
         return await self._ask(answer, grace_s + ANSWER_BOUND_S)
 
     async def stop(self, grace_s: float) -> None:
-        """As EngineWorker.stop: rank 0's requests end, then all ranks. Raises PeerGone only after
-        every rank that answers has ended."""
+        """As EngineWorker.stop: rank 0's requests end, then all ranks. One that waits for room has
+        nothing to end. Raises PeerGone only after every rank that answers has ended."""
+        if self._pending is not None and not await asyncio.to_thread(self._pending.is_placed):
+            return  # its actors would answer once there is room
         head, *others = self._actors
         failed: list[BaseException | None] = []
         try:
@@ -227,11 +229,13 @@ class _Pending:
     request: PlacementRequest
     report: WorkerReport
 
+    def is_placed(self) -> bool:
+        """Blocks on Ray."""
+        return _group_state(self.group) == "CREATED"
+
     def why_unplaced(self) -> str:
         """ "" once it is placed. Blocks on Ray."""
-        if _group_state(self.group) == "CREATED":
-            return ""
-        return explain_unplaceable(self.request, _nodes())
+        return "" if self.is_placed() else explain_unplaceable(self.request, _nodes())
 
 
 async def spawn(spec: WorkerSpec) -> WorkerHandle:

@@ -1,5 +1,5 @@
 """`scale`, `role`, `drain`, `apply`, `changes`, `events`, against the control API of a controller
-that notes what is asked of it."""
+that notes what is asked of it; and what all commands say of wrong input."""
 
 from __future__ import annotations
 
@@ -176,8 +176,12 @@ def test_without_waiting_the_change_is_shown_as_it_began(cluster, capsys):
         ("role decode/0 mixed", "role: found mixed; write prefill or decode"),
         ("drain decode/0 --return", "--return is for nodes"),
         ("drain prefill/0#1", "prefill/0#1 is gone; there is none now"),
-        ("drain x --why a\nb", "why"),
-        ("changes 9", "no change 9"),
+        ("drain x --why a\nb", "--why: found 3 characters, or several lines; write one line of"),
+        (f"drain x --why {'y' * 501}", "--why: found 501 characters"),
+        ("drain a,b", "drain: found 'a,b'; write POOL/INDEX"),
+        ("drain ", "drain: found ''; write POOL/INDEX"),
+        ("changes 9", "no change 9 is known, or not any more; `pdcluster changes` lists"),
+        ("logs decode/0#1", "decode/0#1 is gone; it is decode/0#2 now"),
         ("changes -1", "-1"),
         ("events --since 10", "--since: found 10; write a span"),
         ("events --since -5m", "--since"),
@@ -195,7 +199,14 @@ def test_wrong_input_is_exit_2_and_nothing_is_asked(cluster, capsys, words, said
 def test_what_the_controller_refuses_is_exit_2_in_its_words(cluster, capsys):
     cluster.refuses = "replicas of decode: found 99; write at most 64"
     assert run(["scale", "decode", "99"]) == 2
-    assert capsys.readouterr().err.strip() == f"error: {cluster.refuses}"
+    said = capsys.readouterr()
+    assert said.err.strip() == f"error: {cluster.refuses}"
+    assert said.out == ""
+    assert run(["scale", "decode", "99", "--json"]) == 2
+    said = capsys.readouterr()
+    assert said.err.strip() == f"error: {cluster.refuses}"
+    error = {"message": cluster.refuses, "type": "InvalidInput"}
+    assert json.loads(said.out) == {"error": error}
 
 
 def test_a_change_that_a_restarted_controller_forgot_is_told(cluster, capsys, monkeypatch):
@@ -231,6 +242,11 @@ def test_a_plan_that_cannot_be_carried_out_is_exit_2_with_what_to_do(cluster, ca
     said = capsys.readouterr()
     assert "x `pdcluster down`, then `up`  (gateway.port)" in said.out
     assert "gateway.port: `pdcluster down`, then `up`" in said.err
+    assert run(["apply", str(TOPOLOGY), option, "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert told["error"]["message"] == said.err.strip().removeprefix("error: ")
+    assert told["plan"]["refused"][0]["keys"] == ["gateway.port"]
+    assert told["change"] is None
     assert cluster.asked == []
 
 

@@ -80,9 +80,12 @@ def test_a_faulty_file_exits_2_with_line_key_and_fix(invalid, capsys):
     assert "metadata.serving.pools[0].role" in said
 
 
-def test_faults_come_as_json_too(invalid, capsys):
-    assert run(["validate", invalid, "--json"]) == 2
-    faults = json.loads(capsys.readouterr().out)["faults"]
+@pytest.mark.parametrize("command", ["validate", "render", "up", "status", "doctor"])
+def test_faults_come_as_json_too(invalid, capsys, command):
+    assert run([command, invalid, "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert (told["valid"], told["error"]["type"]) == (False, "TopologyError")
+    faults = told["faults"]
     assert faults[0]["key"] == "metadata.serving.pools[0].role"
     assert set(faults[0]) == {"file", "line", "key", "found", "fix"}
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import httpx
 import pytest
-from changing_cluster import DONE, SERVING, STATUS, ChangingCluster
+from changing_cluster import ASKS, DONE, SERVING, STATUS, ChangingCluster
 from fastapi.testclient import TestClient
 from served_api import InPlaceOf
 
@@ -16,7 +16,6 @@ from cluster.control import api_changes, wire
 from cluster.control.api import Bearer, create_app
 from cluster.control.changes import (
     Apply,
-    ChangeRole,
     DrainNode,
     DrainWorker,
     Measure,
@@ -26,19 +25,8 @@ from cluster.control.changes import (
     Scale,
     Step,
 )
-from cluster.identity import Role
 
 TOKEN = "pdctl-a-token"
-ASKS = [
-    Scale("decode", 3, 0.0),
-    Scale("decode", 0),
-    ChangeRole("decode/0", Role.PREFILL, 2.5, may_restart=True),
-    DrainWorker("decode/1", 7.0),
-    DrainNode("10.0.0.7"),
-    DrainNode("fd00::7"),
-    ReturnNode("a" * 56),
-    Apply(SERVING, 5.0, surge=False),
-]
 POSTS = {
     "/v1/pools/decode/scale": {"replicas": 2},
     "/v1/workers/decode/0/role": {"role": "prefill"},

@@ -9,39 +9,23 @@ import threading
 from dataclasses import replace
 
 import pytest
-from changing_cluster import SERVING, ChangingCluster
+from changing_cluster import ASKS, SERVING, ChangingCluster
 from ports import free_port
 from served_api import Served
 
 from cluster.control import wire
 from cluster.control.changes import (
-    Apply,
     Change,
-    ChangeRole,
-    DrainNode,
-    DrainWorker,
     Measure,
     Plan,
     PlanStep,
-    ReturnNode,
     Scale,
 )
 from cluster.control.client import Access, ControlClient, ControlError, UnknownName
 from cluster.errors import InvalidInput
-from cluster.identity import Role
 from cluster.topology.schema import ServingSpec
 
 TOKEN = "pdctl-a-token"
-ASKS = [
-    Scale("decode", 3, 0.0),
-    Scale("decode", 0),
-    ChangeRole("decode/0", Role.PREFILL, 2.5, may_restart=True),
-    DrainWorker("decode/1", 7.0),
-    DrainNode("10.0.0.7"),
-    DrainNode("fd00::7"),
-    ReturnNode("a" * 56),
-    Apply(SERVING, 5.0, surge=False),
-]
 
 
 @pytest.fixture

@@ -93,6 +93,12 @@ def test_a_refusal_is_told_in_the_servers_words(server):
     assert Endpoint(server.url, None).why_not_ready() == "404: ok"
 
 
+def test_a_refused_key_is_told_with_what_to_set(server):
+    server.status = 401
+    with pytest.raises(EndpointError, match="401 no such model Set PDCLUSTER_API_KEY"):
+        Endpoint(server.url, "wrong", "Set PDCLUSTER_API_KEY.").chat("m", [])
+
+
 def test_nobody_listening_is_told_with_the_next_command():
     with pytest.raises(EndpointError, match="pdcluster status"):
         Endpoint("http://127.0.0.1:9", None).chat("m", [])

@@ -94,6 +94,18 @@ async def test_a_worker_that_only_drained_nodes_could_take_is_told_apart(nodes):
         await handle.remove(NAME, waits.id)
 
 
+async def test_a_worker_without_room_needs_no_grace_to_end(nodes):
+    waits = spec(6, nodes)
+    replica = await handle.spawn(waits)
+    try:
+        begun_s = time.monotonic()
+        await replica.stop(60.0)
+        assert time.monotonic() - begun_s < 20
+    finally:
+        await handle.remove(NAME, waits.id)
+    assert waits.id not in await handle.find_all(NAME)
+
+
 async def test_a_replica_over_nodes_names_them_all_and_is_quiet_as_one(nodes):
     gang = spec(7, nodes_per_replica=2)
     replica = await handle.spawn(gang)
