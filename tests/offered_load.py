@@ -8,7 +8,6 @@ import json
 import threading
 import time
 import urllib.parse
-from types import TracebackType
 
 
 class OfferedLoad:
@@ -31,12 +30,7 @@ class OfferedLoad:
         self._caller.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._caller.join()
         for stream in self._streams:

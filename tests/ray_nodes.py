@@ -1,4 +1,5 @@
-"""A Ray of several nodes on this machine, for tests that are about nodes. All on loopback."""
+"""A Ray of several nodes on this machine, for tests that are about nodes, and what a worker on one
+of them is told. All on loopback."""
 
 from __future__ import annotations
 
@@ -14,8 +15,12 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from cluster.identity import Role, WorkerId
+from cluster.models.store import resolve
 from cluster.settings import ray_namespace
+from cluster.topology.schema import HealthSpec, IslandSpec, ModelSpec, PoolSpec
 from cluster.workers import tree
+from cluster.workers.spec import WorkerSpec
 
 _NODE = {
     "num_cpus": 1,
@@ -52,3 +57,25 @@ def ray_of(cluster: str, nodes: Sequence[dict[str, Any]]) -> Iterator[Cluster]:
             for process in tree.marked(f"{cluster}/"):
                 tree.send(process, signal.SIGKILL)
             shutil.rmtree(home, ignore_errors=True)
+
+
+def simulated_worker(cluster: str, index: int, pool: dict[str, Any], **more: Any) -> WorkerSpec:
+    """`pool`: keys of a mixed pool of simulated engines."""
+    model = ModelSpec(id="simulated")
+    found = resolve(model, lambda _what, _part: None)
+    return WorkerSpec(
+        cluster=cluster,
+        id=WorkerId("pool", index, 1),
+        role=Role.MIXED,
+        model=model,
+        model_path=found.path,
+        model_digest=found.digest,
+        max_model_len_tokens=4096,
+        kv_bytes_per_token=1024,
+        pool=PoolSpec(name="pool", role=Role.MIXED, engine="simulated", **pool),
+        island=IslandSpec(name="here", pools=["pool"]),
+        health=HealthSpec(),
+        engine_key="worker-test-secret",
+        host="127.0.0.1",
+        **more,
+    )

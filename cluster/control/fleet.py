@@ -47,6 +47,7 @@ class Tracked:
     # What it serves as. The report tells what its engine was started for.
     role: Role = Role.MIXED
     epoch: int = 0
+    avoids: frozenset[str] = frozenset()  # Ray's ids of nodes that it is not to be placed on
     is_changing: bool = False
     lets_go: bool = False
     ready_since_s: float | None = None
@@ -155,9 +156,12 @@ class Tracked:
             lets_go=self.lets_go or state is WorkerState.HUNG,
         )
 
+    @property
+    def is_unplaced(self) -> bool:
+        return not self.report.node_ip and self.report.state is WorkerState.STARTING
+
     def observed(self, now_s: float, outdated: str = "", flips_to: Role | None = None) -> Observed:
         """As reconcile wants it; what speaks against the worker is for the caller to know."""
-        is_unplaced = not self.report.node_ip and self.report.state is WorkerState.STARTING
         return Observed(
             id=self.id,
             state=WorkerState.DRAINING if self.is_draining and self.is_gone else self.shown().state,
@@ -165,6 +169,6 @@ class Tracked:
             is_gone=self.is_gone,
             message=self.report.message,
             outdated=outdated,
-            unplaced_for_s=now_s - self.started_at_s if is_unplaced else 0.0,
+            unplaced_for_s=now_s - self.started_at_s if self.is_unplaced else 0.0,
             flips_to=flips_to,
         )

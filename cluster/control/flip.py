@@ -37,15 +37,15 @@ class Way:
 
 
 async def flip(tracked: Tracked, role: Role, grace_s: float, way: Way) -> None:
-    """Have `tracked` serve as `role`. If it fails meanwhile, it keeps its role and says so.
+    """Have `tracked`, which is marked as changing, serve as `role`. If it fails meanwhile, it keeps
+    its role and says so.
 
     Cancel: it keeps its role."""
     was, begun_s = tracked.role, way.clock.now_s()
-    handle = tracked.handle
-    if handle is None:
-        return
-    tracked.is_changing = True
     try:
+        handle = tracked.handle
+        if handle is None:
+            return
         await way.acknowledged(await way.publish(), ACKNOWLEDGED_WITHIN_S)
         is_quiet = await handle.quiesce(grace_s)
         if not is_quiet:

@@ -175,6 +175,9 @@ class Loop:
                 outdated = "its engine is to be told something else"
             elif drained:
                 outdated = f"node {report.node_ip} is drained"
+            elif tracked.is_unplaced and tracked.avoids - desired.drained_nodes.keys():
+                # Ray keeps to what it was told when the worker was started.
+                outdated = "it waits for room beside a node that takes workers again"
             elif tracked.role is not wanted:
                 why = roles.why_restart(desired.serving, pool.name)
                 if why:

@@ -312,6 +312,16 @@ class Faults:
             await self.targets.until(lambda: self._may_shrink(pool.name, count), planned.kind)
         return ("scale", pool.name, str(count))
 
+    async def _may_shrink(self, pool: str, count: int) -> bool:
+        """Those with the highest index go. Whether a usable one stays of each of their roles, and
+        nothing is being done to them now."""
+        hurt = [WorkerId.parse(name) for name in self.targets.hurt]
+        if any(worker.pool == pool and worker.index >= count for worker in hurt):
+            return False
+        status = await self.targets.status()
+        usable = await self.targets.usable()
+        return shape.leaves_one(status.workers, usable, pool, count)
+
     async def _who_may_change_role(self, planned: Planned) -> WorkerReport:
         found: list[WorkerReport] = []
 
@@ -342,16 +352,6 @@ class Faults:
         with contextlib.suppress(OSError), self._filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(_FILL_BYTES))
-
-    async def _may_shrink(self, pool: str, count: int) -> bool:
-        """Those with the highest index go. Whether a usable one stays of each of their roles, and
-        nothing is being done to them now."""
-        hurt = [WorkerId.parse(name) for name in self.targets.hurt]
-        if any(worker.pool == pool and worker.index >= count for worker in hurt):
-            return False
-        status = await self.targets.status()
-        usable = await self.targets.usable()
-        return shape.leaves_one(status.workers, usable, pool, count)
 
     async def _make_room(self, kind: Kind) -> None:
         if kind is Kind.DISK_FULL:

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -179,8 +179,7 @@ def _teller(say: Callable[[str], None]) -> Callable[[Record], None]:
 # What is asked
 
 
-@contextlib.asynccontextmanager
-async def _told(home: Home, options: Options) -> AsyncIterator[tuple[Told, list[asks.Ask]]]:
+async def _told(home: Home, options: Options) -> tuple[Told, list[asks.Ask]]:
     """Questions and what the cluster says to them, one at a time, before anything is broken."""
     told = Told()
     questions: list[asks.Ask] = []
@@ -198,7 +197,7 @@ async def _told(home: Home, options: Options) -> AsyncIterator[tuple[Told, list[
             told.remember(ask, record.answer)
             questions.append(ask)
             ask = client.send(record.answer.text)
-    yield told, questions
+    return told, questions
 
 
 async def _asking(
@@ -211,7 +210,7 @@ async def _asking(
             asks.client(clusters.MODEL, options.seed, number) for number in range(options.clients)
         ]
         return reference, clients
-    told, questions = await stack.enter_async_context(_told(home, options))
+    told, questions = await _told(home, options)
 
     def again(first: int) -> asks.Client:
         for number in itertools.count(first):

@@ -367,6 +367,25 @@ async def test_a_drained_node_is_left_one_worker_at_a_time_and_takes_none_until_
     assert (await world.controller.desired()).drained_nodes == {}
 
 
+async def test_what_found_no_room_beside_a_drained_node_starts_on_it_once_it_is_returned(world):
+    real = world.workers.spawn
+
+    async def on_node_a_only(spec):
+        handle = await real(spec)
+        if "node-a" in spec.avoided_nodes:
+            handle.state, handle.node_id, handle.node_ip = WorkerState.STARTING, "", ""
+        return handle
+
+    world.workers.spawn = on_node_a_only
+    await settle(world, await world.controller.ask(Scale("d", 1), "ada@ops"))
+    await settle(world, await world.controller.ask(DrainNode("node-a"), "ada@ops"))
+    assert {handle.node_id for handle in world.workers.alive.values()} == {""}
+    await world.controller.ask(ReturnNode("node-a"), "ada@ops")
+    await world.steps(10)
+    assert [handle.node_id for handle in world.workers.alive.values()] == ["node-a"] * 2
+    assert {handle.state for handle in world.workers.alive.values()} == {WorkerState.READY}
+
+
 # Rollouts
 
 

@@ -10,20 +10,12 @@ import time
 import psutil
 import pytest
 import ray
-from ray_nodes import ray_of
+from ray_nodes import ray_of, simulated_worker
 
-from cluster.identity import Role, WorkerId, WorkerState
-from cluster.models.store import resolve
+from cluster.identity import WorkerState
 from cluster.settings import ray_namespace
-from cluster.topology.schema import (
-    HealthSpec,
-    IslandSpec,
-    ModelSpec,
-    PlacementSpec,
-    PoolSpec,
-)
+from cluster.topology.schema import PlacementSpec
 from cluster.workers import handle
-from cluster.workers.spec import WorkerSpec
 
 pytestmark = pytest.mark.integration
 
@@ -54,25 +46,7 @@ def rack(tmp_path_factory):
 
 
 def spec(index, **placement):
-    model = ModelSpec(id="simulated")
-    found = resolve(model, lambda _what, _part: None)
-    return WorkerSpec(
-        cluster=NAME,
-        id=WorkerId("pool", index, 1),
-        role=Role.MIXED,
-        model=model,
-        model_path=found.path,
-        model_digest=found.digest,
-        max_model_len_tokens=4096,
-        kv_bytes_per_token=1024,
-        pool=PoolSpec(
-            name="pool", role=Role.MIXED, engine="simulated", placement=PlacementSpec(**placement)
-        ),
-        island=IslandSpec(name="here", pools=["pool"]),
-        health=HealthSpec(),
-        engine_key="devices-test-secret",
-        host="127.0.0.1",
-    )
+    return simulated_worker(NAME, index, {"placement": PlacementSpec(**placement)})
 
 
 async def seen_by(spec):

@@ -7,19 +7,11 @@ import time
 import pytest
 import ray
 from live_worker import streams
-from ray_nodes import ray_of
+from ray_nodes import ray_of, simulated_worker
 
-from cluster.identity import Role, WorkerId, WorkerState
-from cluster.models.store import resolve
-from cluster.topology.schema import (
-    HealthSpec,
-    IslandSpec,
-    ModelSpec,
-    PlacementSpec,
-    PoolSpec,
-)
+from cluster.identity import WorkerState
+from cluster.topology.schema import PlacementSpec
 from cluster.workers import handle
-from cluster.workers.spec import WorkerSpec
 
 pytestmark = pytest.mark.integration
 
@@ -34,32 +26,12 @@ def nodes():
 
 
 def spec(index, avoided=(), **pool):
-    model = ModelSpec(id="simulated")
-    found = resolve(model, lambda _what, _part: None)
-    return WorkerSpec(
-        cluster=NAME,
-        id=WorkerId("pool", index, 1),
-        role=Role.MIXED,
-        model=model,
-        model_path=found.path,
-        model_digest=found.digest,
-        max_model_len_tokens=4096,
-        kv_bytes_per_token=1024,
-        pool=PoolSpec(
-            name="pool",
-            role=Role.MIXED,
-            engine="simulated",
-            placement=PlacementSpec(resources={"CPU": 1}),
-            simulated={"decode_step_s": 0.02},
-            **pool,
-        ),
-        island=IslandSpec(name="here", pools=["pool"]),
-        health=HealthSpec(),
-        engine_key="worker-test-secret",
-        host="127.0.0.1",
-        revision="r17",
-        avoided_nodes=tuple(avoided),
-    )
+    pool = {
+        "placement": PlacementSpec(resources={"CPU": 1}),
+        "simulated": {"decode_step_s": 0.02},
+        **pool,
+    }
+    return simulated_worker(NAME, index, pool, revision="r17", avoided_nodes=tuple(avoided))
 
 
 async def ready(replica):
