@@ -10,6 +10,8 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cluster.request_records import PackedRecord
+
 # Upper bounds in seconds, 1 ms to about 700 s, each 1.25 times the one before: a percentile is off
 # by at most 25 % of itself, at 40 ms as at 40 s.
 # Four digits: they are labels, too, when Prometheus scrapes them.
@@ -111,7 +113,8 @@ class GatewayNote:
 class GatewayReport:
     """One replica, now. `gateway` is its own for its life: a replica that is restarted is another.
 
-    `notes`: the latest few; who has seen a number need not look at it again."""
+    `notes`: the latest few; who has seen a number need not look at it again. `records`: of requests
+    that have ended; numbered one by one, the last one is `records_to`."""
 
     gateway: str
     at_s: float  # wall clock
@@ -123,3 +126,5 @@ class GatewayReport:
     pairs: tuple[PairTraffic, ...] = ()
     notes: tuple[GatewayNote, ...] = ()
     metrics_url: str = ""  # of this replica alone, for Prometheus; "": it has none
+    records_to: int = 0
+    records: tuple[PackedRecord, ...] = ()

@@ -148,8 +148,8 @@ class StubController:
             await asyncio.sleep(timeout_s)
         return snapshot()
 
-    async def gateway_report(self, report: GatewayReport) -> None:
-        return
+    async def gateway_report(self, report: GatewayReport) -> int:
+        return report.records_to
 
 
 @contextmanager

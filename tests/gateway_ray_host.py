@@ -43,8 +43,9 @@ class StubController:
             await asyncio.sleep(timeout_s)
         return self._snapshot
 
-    async def gateway_report(self, report: GatewayReport) -> None:
+    async def gateway_report(self, report: GatewayReport) -> int:
         self._reports[report.gateway] = report
+        return report.records_to
 
     async def told(self) -> tuple[dict[str, int], dict[str, GatewayReport]]:
         """What gateways have told so far: the versions that they route by, and their reports."""

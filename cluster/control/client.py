@@ -19,6 +19,7 @@ from cluster.control import wire
 from cluster.control.autoscale.view import Scaling
 from cluster.control.changes import Ask, Change, Plan
 from cluster.control.events import Told
+from cluster.control.requests import Explained, UnknownRequest
 from cluster.control.state import ClusterStatus, LogWindow
 from cluster.errors import ClusterError, InvalidInput, PeerGone
 from cluster.identity import WorkerId
@@ -76,6 +77,11 @@ class ControlClient:
         """The transfers of one request, by time."""
         answer = self._get("/v1/transfers", request_id=request_id)
         return self._understood(wire.read_transfers, answer.body)
+
+    def explain(self, request_id: str) -> Explained:
+        """What became of a request that has ended. Raises: UnknownRequest."""
+        answer = self._get(f"/v1/requests/{urllib.parse.quote(request_id, safe='')}")
+        return self._understood(wire.read_explained, answer.body)
 
     def read_log(self, worker: WorkerId, offset: int, limit_bytes: int, rank: int = 0) -> LogWindow:
         """Up to `limit_bytes` of the log of the worker's present engine from `offset`; a negative
@@ -197,6 +203,8 @@ class ControlClient:
             return PeerGone(worker, why)
         if problem.type == wire.UNKNOWN_NAME:
             return UnknownName(problem.message)
+        if problem.type == wire.UNKNOWN_REQUEST:
+            return UnknownRequest(problem.message)
         if problem.type == wire.REFUSED:
             return InvalidInput(problem.message)
         if problem.type == wire.INVALID:

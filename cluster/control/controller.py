@@ -15,17 +15,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.control import discovery, live, operations, roles, rollout
 from cluster.control.changes import Apply, Ask, Change, DrainNode, DrainWorker, Plan
 from cluster.control.clock import Clock
 from cluster.control.events import DesiredChanged, Event, PoolsRollingOut, ShutdownAsked, Told
-from cluster.control.fleet import Workers
+from cluster.control.fleet import Tracked, Workers
 from cluster.control.live import Live
 from cluster.control.loop import Loop
 from cluster.control.overview import cluster_status, failed_slots
 from cluster.control.reconcile import Drain
+from cluster.control.requests import Explained
 from cluster.control.state import ClusterStatus, DesiredState, LogWindow
 from cluster.control.store import Store
 from cluster.errors import PeerGone
@@ -38,6 +40,7 @@ from cluster.transfers import TransferRecord
 log = logging.getLogger(__name__)
 
 EVENTS_SHOWN = 100
+TRANSFERS_WITHIN_S = 5.0
 
 
 class Controller:
@@ -218,10 +221,12 @@ class Controller:
         taken in `after_version`."""
         return await self._loop.publisher.next(after_version, timeout_s, gateway)
 
-    async def gateway_report(self, report: GatewayReport) -> None:
-        """Take in what a gateway replica says of itself, about once a second."""
+    async def gateway_report(self, report: GatewayReport) -> int:
+        """Take in what a gateway replica says of itself, about once a second. Returns the number of
+        the newest of its records that is known here."""
         for event in self._loop.gateways.take(report):
             self._loop.emit(event)
+        return self._loop.requests.take(report)
 
     async def gateways(self) -> tuple[GatewayReport, ...]:
         """The latest reports of replicas that have been heard of in the last seconds."""
@@ -246,12 +251,26 @@ class Controller:
     async def transfers(self, request_id: str) -> list[TransferRecord]:
         """Records of all workers whose request id contains `request_id`, by time."""
         await self._restored()
+        return await self._transfers(request_id, self._loop.crew.in_order())
+
+    async def explain(self, request_id: str) -> Explained:
+        """What became of a request that has ended. Waits a moment for one that has just ended.
+
+        Raises: UnknownRequest; ValueError: its gateway is of another version."""
+        await self._restored()
+        record, alike = await self._loop.requests.find(request_id)
+        names = {worker for one in record.attempts for worker in (one.prefill, one.decode)}
+        workers = [tracked for tracked in self._loop.crew.in_order() if str(tracked.id) in names]
+        transfers: list[TransferRecord] = []
+        with contextlib.suppress(TimeoutError):
+            # One that hangs must not keep back what is known of the request without it.
+            async with asyncio.timeout(TRANSFERS_WITHIN_S):
+                transfers = await self._transfers(record.engine_id, workers)
+        return Explained(record, tuple(transfers), alike)
+
+    async def _transfers(self, request_id: str, workers: Sequence[Tracked]) -> list[TransferRecord]:
         found = await asyncio.gather(
-            *(
-                tracked.handle.transfers(0)
-                for tracked in self._loop.crew.in_order()
-                if tracked.handle
-            ),
+            *(tracked.handle.transfers(0) for tracked in workers if tracked.handle),
             return_exceptions=True,
         )
         records = [

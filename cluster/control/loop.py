@@ -45,6 +45,7 @@ from cluster.control.reconcile import (
     SlotKey,
     Start,
 )
+from cluster.control.requests import Requests
 from cluster.control.state import DesiredState
 from cluster.control.store import Store
 from cluster.errors import InvalidInput
@@ -79,6 +80,7 @@ class Loop:
         self.happened = asyncio.Event()
         self.publisher = Publisher(store, clock)
         self.gateways = Gateways(clock)
+        self.requests = Requests(clock)
         self.recent = Recent(clock)
         self.rows = Rows()
         self.history = history.History(self.emit, clock.wall_s)

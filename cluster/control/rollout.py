@@ -33,6 +33,7 @@ from cluster.workers.report import WorkerReport
 FAILURES_ALLOWED = 1
 _ABSENT = object()
 _OF_THE_ENDPOINT = ("gateway", "control")
+_TRACING = "observability.tracing"  # gateway replicas are started with it
 _OF_THE_MODEL = tuple(
     f"model.{key}"
     for key in (
@@ -218,7 +219,8 @@ def _differing(at: str, old: Any, new: Any) -> Iterator[str]:
 
 
 def _why_refused(key: str) -> str:
-    if key.partition(".")[0] in _OF_THE_ENDPOINT or key in _OF_THE_MODEL:
+    is_traced = key.startswith(_TRACING)
+    if key.partition(".")[0] in _OF_THE_ENDPOINT or key in _OF_THE_MODEL or is_traced:
         return (
             "the endpoint is started with it, and a running cluster keeps its endpoint; "
             "`pdcluster down`, then `pdcluster up FILE`"

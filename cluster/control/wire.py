@@ -28,6 +28,7 @@ from cluster.control.changes import (
 from cluster.control.discovery import TargetGroup
 from cluster.control.events import Told
 from cluster.control.live import Live
+from cluster.control.requests import Explained
 from cluster.control.state import ClusterStatus
 from cluster.topology.schema import ServingSpec
 from cluster.transfers import TransferRecord
@@ -43,6 +44,7 @@ LONGEST_WAIT_S = 30.0  # of GET /v1/events
 INVALID = "invalid_request"  # not as the document has it
 REFUSED = "refused"  # as it has it, but not to be done
 UNKNOWN_NAME = "unknown_name"
+UNKNOWN_REQUEST = "unknown_request"
 WORKER_GONE = "worker_gone"
 
 WHY_PATTERN = r"^[^\x00-\x1f\x7f]*$"
@@ -102,6 +104,7 @@ _PLAN = TypeAdapter(Plan)
 _EVENTS = TypeAdapter(Events)
 _SCALING = TypeAdapter(Scaling)
 _LOOKED = TypeAdapter(Looked)
+_EXPLAINED = TypeAdapter(Explained)
 _TARGETS = TypeAdapter(tuple[TargetGroup, ...])
 _REFUSAL = TypeAdapter(Refusal)
 
@@ -176,6 +179,15 @@ def looked_json(looked: Looked) -> bytes:
 def read_looked(data: bytes) -> Looked:
     """Raises: ValueError."""
     return _LOOKED.validate_json(data)
+
+
+def explained_json(explained: Explained) -> bytes:
+    return _EXPLAINED.dump_json(explained)
+
+
+def read_explained(data: bytes) -> Explained:
+    """Raises: ValueError."""
+    return _EXPLAINED.validate_json(data)
 
 
 def targets_json(groups: Sequence[TargetGroup]) -> bytes:

@@ -55,12 +55,14 @@ class Answer:
         self._tokens_before = 0  # of the answer, from other engines
         self._first_at: float | None = None  # of the whole answer, whichever engine began it
 
-    async def begin(self, worker: WorkerView, body: Mapping[str, Any], request_id: str) -> None:
+    async def begin(
+        self, worker: WorkerView, body: Mapping[str, Any], request_id: str, trace: str = ""
+    ) -> None:
         """Call `worker`; return when a stream's first piece, or the whole answer, has come.
 
         Raises: EngineFailed, Rejected. Cancel: safe; close it then."""
         sent = orjson.dumps(body)
-        response = await self._engines.open(worker, self._request.endpoint, sent, request_id)
+        response = await self._engines.open(worker, self._request.endpoint, sent, request_id, trace)
         self._worker, self._response = worker, response
         is_stream = self._request.is_stream
         self._piece = await (first_piece if is_stream else read)(worker, response)

@@ -30,6 +30,7 @@ from cluster.gateway.engines import Engines
 from cluster.gateway.errors import ApiError
 from cluster.gateway.exchange import Exchange
 from cluster.gateway.fleet import Fleet
+from cluster.gateway.journal import Journal
 from cluster.gateway.metaserver import Metaserver
 from cluster.gateway.metrics_port import MetricsPort
 from cluster.gateway.parts import Parts
@@ -41,6 +42,7 @@ from cluster.gateway.route import can_route
 from cluster.gateway.source import SnapshotSource
 from cluster.gateway.story import Story
 from cluster.gateway.tally import Tally
+from cluster.gateway.trace_context import NoTracing, Tracing
 from cluster.gateway.upstream import Upstream
 from cluster.gateway.wire import ClientGone, Receive, RequestIds, Responder, Scope, Send
 from cluster.kv.coordinator import Coordinator, Releaser
@@ -48,6 +50,7 @@ from cluster.kv.events import KvEvents
 from cluster.kv.index import BlockIndex
 from cluster.observe.gateway_metrics import CONTENT_TYPE, GatewayMetrics, Now
 from cluster.observe.kv_metrics import KvMetrics
+from cluster.request_records import RequestRecord, pack
 from cluster.traffic import GatewayReport
 
 log = logging.getLogger(__name__)
@@ -130,6 +133,8 @@ class Gateway:
             metrics=self._metrics,
             tally=tally,
         )
+        self._journal = Journal()
+        self._tracing = _tracing(config, tally.gateway)
         self._ids = RequestIds()
         self._authenticator = Authenticator(config.key_hashes)
         self._admission = Admission(config.limits, self._metrics.queue_s.observe)
@@ -197,6 +202,10 @@ class Gateway:
             line = story.line(path, status or responder.status, took_s)
             if line is not None:
                 log.log(*line)
+            record = story.end(status or responder.status, took_s)
+            if record is not None:
+                self._journal.add(pack(record))
+                self._tracing.end(record, story.trace)
 
     async def _fail(self, error: ApiError, responder: Responder, story: Story) -> None:
         story.failed(error)
@@ -221,19 +230,30 @@ class Gateway:
 
     async def _generate(self, endpoint: Endpoint, call: Call) -> None:
         self._authenticate(call)
+        story, engine_id = call.story, self._engine_id(call)
+        record = RequestRecord(
+            story.request_id,
+            engine_id,
+            self._parts.tally.gateway,
+            endpoint.value,
+            time.time() - story.now_s(),
+        )
+        story.keep(record, self._tracing.begin(call.headers))
         deadline_at = self._deadline_at()
         async with Cutoff(deadline_at) as cutoff:
             raw = await wire.read_body(call.headers, call.receive, self._config.max_body_bytes)
             request = requests.parse(endpoint, raw, self._config.model)
             began_at = asyncio.get_running_loop().time()
+            record.is_stream, record.read_s = request.is_stream, story.now_s()
             cutoff.watch_client(call.receive)
             async with self._admission.place():
+                record.placed_s = story.now_s()
                 await Exchange(
                     self._parts,
                     request,
                     call.responder,
-                    call.story,
-                    self._engine_id(call),
+                    story,
+                    engine_id,
                     began_at,
                     deadline_at,
                 ).run()
@@ -246,7 +266,10 @@ class Gateway:
             requests.check_model(requests.load_json(raw), self._config.model)
             cutoff.watch_client(call.receive)
             async with self._admission.place():
-                answer = await self._parts.engines.ask_any(call.path, raw, self._engine_id(call))
+                trace = NoTracing().begin(call.headers).lines(0)
+                answer = await self._parts.engines.ask_any(
+                    call.path, raw, self._engine_id(call), trace
+                )
                 await call.responder.whole(200, answer, _JSON)
 
     def _authenticate(self, call: Call) -> None:
@@ -304,7 +327,9 @@ class Gateway:
         tasks = [
             asyncio.create_task(self._follow_snapshots(kv_events), name="follow snapshots"),
             asyncio.create_task(self._check_renderer(), name="check renderer"),
-            asyncio.create_task(keep_reporting(self._sink, self._report), name="report"),
+            asyncio.create_task(
+                keep_reporting(self._sink, self._report, self._journal.known), name="report"
+            ),
         ]
         await self._first_snapshot()
         await send({"type": "lifespan.startup.complete"})
@@ -317,6 +342,7 @@ class Gateway:
         await self._parts.metaserver.close()
         await self._parts.coordinator.close()
         await self._upstream.close()
+        await self._tracing.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _first_snapshot(self) -> None:
@@ -342,7 +368,13 @@ class Gateway:
         report = self._parts.tally.report(
             self._fleet.snapshot.version, gate.running, gate.queued, gate.refused
         )
-        return replace(report, metrics_url=self._metrics_port.url)
+        journal = self._journal
+        return replace(
+            report,
+            metrics_url=self._metrics_port.url,
+            records_to=journal.number,
+            records=journal.unknown(),
+        )
 
     def _now(self) -> Now:
         gate, version = self._admission, self._fleet.snapshot.version
@@ -360,3 +392,12 @@ class Gateway:
             except (EngineFailed, NoCapacity) as error:
                 log.info("rendering not checked yet why=%s", error)
             await asyncio.sleep(_RENDER_CHECK_EVERY_S)
+
+
+def _tracing(config: GatewayConfig, replica: str) -> Tracing:
+    if config.tracing is None:
+        return NoTracing()
+    # Only now: whoever does not trace need not wait for its imports, nor have them in memory.
+    from cluster.gateway.tracing import OtlpTracing
+
+    return OtlpTracing.start(config.tracing, config.cluster, replica)

@@ -33,8 +33,10 @@ from cluster.gateway.recovery import Cause, Ended, Stage, Tries
 from cluster.gateway.requests import GatewayRequest
 from cluster.gateway.route import Route
 from cluster.gateway.tally import PairCounts
+from cluster.gateway.trace_context import Trace
 from cluster.identity import WorkerId
 from cluster.kv.dialects import ORDERS, Fields, Order
+from cluster.request_records import AttemptRecord
 
 T = TypeVar("T")
 # Prompts of one request that are prefilled and pulled at the same time.
@@ -62,6 +64,8 @@ class Ask:
     answer: Answer
     flow: Flow
     deadline_at: float  # in the loop's clock
+    trace: Trace
+    now_s: Callable[[], float]  # since the request arrived
 
 
 class Attempt:
@@ -74,17 +78,22 @@ class Attempt:
         ask: Ask,
         route: Route,
         prompts: list[list[int]],
+        number: int,
         attempt_id: str,
+        record: AttemptRecord,
         tries: Tries,
         has_elsewhere: Callable[[WorkerId], bool],
     ) -> None:
-        """`prompts`: token ids; none: the engines make them. `tries`: before this one.
-        `has_elsewhere`: whether the request could go on now without a worker."""
+        """`prompts`: token ids; none: the engines make them. `number`: 0 for the request's first.
+        `record`: is filled with how long what takes. `tries`: before this one. `has_elsewhere`:
+        whether the request could go on now without a worker."""
         self._parts = parts
         self._ask = ask
         self._route = route
         self._prompts = prompts
+        self._number = number
         self._id = attempt_id
+        self._record = record
         self._tries = tries
         self._has_elsewhere = has_elsewhere
         self._passage: Passage[None] | None = None
@@ -101,6 +110,7 @@ class Attempt:
             self._has_flowed = ask.request.is_stream
             await ask.answer.pass_on(ask.course, counts)
         finally:
+            self._record.ended_s = ask.now_s()
             fleet.part(decode, self)
             # Forgotten here: its calls know this attempt, and a cycle would wait for the collector
             # with all its tokens.
@@ -193,28 +203,41 @@ class Attempt:
             await self._stage_prompts()
         request = self._request_to_decode()
         body = bodies.answering(request, self._prompts[0] if is_of_ids else None, {})
-        await ask.answer.begin(route.decode, body, self._id)
+        await self._begin_answer(body)
+
+    async def _begin_answer(self, body: Mapping[str, Any]) -> None:
+        ask, record = self._ask, self._record
+        record.decode_s = ask.now_s()
+        trace = ask.trace.lines(self._number, Stage.DECODE)
+        await ask.answer.begin(self._route.decode, body, self._id, trace)
+        record.first_s = ask.now_s()
 
     def _passage_of_answer(self, prompt_ids: list[int] | None) -> Passage[None]:
         """Blocks from one engine, the answer to the client from the other."""
         engines, request = self._parts.engines, self._request_to_decode()
-        prefill, decode = self._route.prefill, self._route.decode
+        prefill, record = self._route.prefill, self._record
         assert prefill is not None
 
         async def call_prefill(order: Order, fields: Fields) -> Mapping[str, Any]:
+            trace = self._ask.trace.lines(self._number, Stage.PREFILL)
+            record.prefill_s = self._ask.now_s()
             if order is Order.PREFILL_FIRST and prompt_ids is not None:
-                return await engines.compute_prompt(
-                    prefill, prompt_ids, fields, request.body, self._id
+                answer = await engines.compute_prompt(
+                    prefill, prompt_ids, fields, request.body, self._id, trace
                 )
+                record.prefilled_s = self._ask.now_s()
+                return answer
             body = bodies.answering(request, prompt_ids, fields)
             if order is Order.DECODE_FIRST:
                 body = bodies.prefilling(body)
-            await engines.run(prefill, request.endpoint, orjson.dumps(body), self._id)
+            await engines.run(prefill, request.endpoint, orjson.dumps(body), self._id, trace)
+            record.prefilled_s = self._ask.now_s()
             return {}
 
         async def call_decode(fields: Fields) -> None:
-            body = bodies.answering(request, prompt_ids, fields)
-            await self._ask.answer.begin(decode, body, self._id)
+            record.transfer_s = self._ask.now_s()
+            await self._begin_answer(bodies.answering(request, prompt_ids, fields))
+            record.transferred_s = record.first_s
 
         return self._make_passage(prompt_ids or (), self._id, call_prefill, call_decode)
 
@@ -250,13 +273,36 @@ class Attempt:
         """Blocks from one engine to the other, and no answer."""
         engines, body = self._parts.engines, self._ask.request.body
         prefill, decode = self._route.prefill, self._route.decode
+        now_s, record, trace = self._ask.now_s, self._record, self._ask.trace
         assert prefill is not None
 
         async def call_prefill(order: Order, fields: Fields) -> Mapping[str, Any]:
-            return await engines.compute_prompt(prefill, prompt_ids, fields, body, request_id)
+            if record.prefill_s is None:
+                record.prefill_s = now_s()
+            answer = await engines.compute_prompt(
+                prefill,
+                prompt_ids,
+                fields,
+                body,
+                request_id,
+                trace.lines(self._number, Stage.PREFILL),
+            )
+            record.prefilled_s = now_s()  # the last of them
+            return answer
 
         async def call_decode(fields: Fields) -> Mapping[str, Any]:
-            return await engines.compute_prompt(decode, prompt_ids, fields, body, request_id)
+            if record.transfer_s is None:
+                record.transfer_s = now_s()
+            answer = await engines.compute_prompt(
+                decode,
+                prompt_ids,
+                fields,
+                body,
+                request_id,
+                trace.lines(self._number, Stage.DECODE),
+            )
+            record.transferred_s = now_s()
+            return answer
 
         return self._make_passage(prompt_ids, request_id, call_prefill, call_decode)
 

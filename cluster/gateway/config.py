@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cluster.topology.schema import LimitsSpec, ServingSpec
+from cluster.topology.tracing import TracingSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class GatewayConfig:
     prefill_attempts: int = 2
     local_prefill_below_tokens: int = 0
     has_reasoning_parser: bool = False  # in the engines of any pool
+    tracing: TracingSpec | None = None  # None: off
 
     @property
     def max_body_bytes(self) -> int:
@@ -53,4 +55,5 @@ class GatewayConfig:
             has_reasoning_parser=any(
                 serving.model_of(pool.name).reasoning_parser for pool in serving.pools
             ),
+            tracing=serving.observability.tracing,
         )

@@ -50,22 +50,26 @@ class Engines:
         fields: Mapping[str, Any],
         client_body: Mapping[str, Any],
         request_id: str,
+        trace: str = "",
     ) -> dict[str, Any]:
         """Let `worker` compute (or take) a prompt's KV blocks by asking for one token.
 
-        `fields`: of the connector's dialect. Returns the engine's parsed answer.
+        `fields`: of the connector's dialect. `trace`, here and below: header lines that tell the
+        engine of the trace (trace_context). Returns the engine's parsed answer.
         Raises: EngineFailed, Rejected.
         """
         body = bodies.one_token(self._model, prompt_ids, fields, client_body)
-        answer = await self.ask(worker, Endpoint.COMPLETIONS, orjson.dumps(body), request_id)
+        answer = await self.ask(worker, Endpoint.COMPLETIONS, orjson.dumps(body), request_id, trace)
         return _json_object(worker, answer)
 
-    async def run(self, worker: WorkerView, path: str, body: bytes, request_id: str) -> None:
+    async def run(
+        self, worker: WorkerView, path: str, body: bytes, request_id: str, trace: str = ""
+    ) -> None:
         """A request whose answer nobody needs, streamed or not, to its end.
 
         Raises: EngineFailed, Rejected.
         """
-        async with await self.open(worker, path, body, request_id) as response:
+        async with await self.open(worker, path, body, request_id, trace) as response:
             piece = await next_piece(worker, response)
             if piece.startswith(_ERROR_EVENT):
                 raise early_error(worker, piece)
@@ -73,11 +77,13 @@ class Engines:
                 piece = await next_piece(worker, response)
 
     async def open(
-        self, worker: WorkerView, path: str, body: bytes, request_id: str
+        self, worker: WorkerView, path: str, body: bytes, request_id: str, trace: str = ""
     ) -> UpstreamResponse:
         """Begin a request; the caller closes the response. Raises: EngineFailed, Rejected."""
         try:
-            response = await self._upstream.request("POST", worker.url, path, body, request_id)
+            response = await self._upstream.request(
+                "POST", worker.url, path, body, request_id, trace
+            )
         except NotReached as error:
             raise EngineNotReached(worker.id.name, None, str(error)) from error
         except UpstreamLost as error:
@@ -102,33 +108,37 @@ class Engines:
                 except UpstreamLost as error:
                     raise EngineNotReached(worker.id.name, None, str(error)) from error
 
-    async def ask(self, worker: WorkerView, path: str, body: bytes, request_id: str) -> bytes:
+    async def ask(
+        self, worker: WorkerView, path: str, body: bytes, request_id: str, trace: str = ""
+    ) -> bytes:
         """A request's whole answer. Raises: EngineFailed, Rejected."""
-        async with await self.open(worker, path, body, request_id) as response:
+        async with await self.open(worker, path, body, request_id, trace) as response:
             return await read(worker, response)
 
-    async def ask_any(self, path: str, body: bytes, request_id: str) -> bytes:
+    async def ask_any(self, path: str, body: bytes, request_id: str, trace: str = "") -> bytes:
         """The whole answer of whichever engine is least busy. If it fails, another is asked.
 
         Raises: EngineFailed, NoCapacity, Rejected."""
         worker = self._fleet.any_decoder()
         try:
-            return await self.ask(worker, path, body, request_id)
+            return await self.ask(worker, path, body, request_id, trace)
         except EngineFailed as error:
             other = self._other(worker, error)
-        return await self.ask(other, path, body, request_id)
+        return await self.ask(other, path, body, request_id, trace)
 
-    async def render(self, endpoint: Endpoint, body: dict[str, Any]) -> list[list[int]]:
+    async def render(
+        self, endpoint: Endpoint, body: dict[str, Any], request_id: str, trace: str = ""
+    ) -> list[list[int]]:
         """Token ids per prompt, as an engine would make them. If one fails, another is asked.
 
         Raises: EngineFailed, NoCapacity, Rejected, CannotRender.
         """
         worker = self._fleet.any_decoder()
         try:
-            return await self._render(worker, endpoint, body)
+            return await self._render(worker, endpoint, body, request_id, trace)
         except EngineFailed as error:
             other = self._other(worker, error)
-        return await self._render(other, endpoint, body)
+        return await self._render(other, endpoint, body, request_id, trace)
 
     def _other(self, failed: WorkerView, error: EngineFailed) -> WorkerView:
         """Raises, if there is no other: NoCapacity where the engine is not there, else `error`."""
@@ -142,12 +152,16 @@ class Engines:
         return other
 
     async def _render(
-        self, worker: WorkerView, endpoint: Endpoint, body: dict[str, Any]
+        self,
+        worker: WorkerView,
+        endpoint: Endpoint,
+        body: dict[str, Any],
+        request_id: str,
+        trace: str,
     ) -> list[list[int]]:
         try:
-            answer = orjson.loads(
-                await self.ask(worker, f"{endpoint}/render", orjson.dumps(body), "render")
-            )
+            path, sent = f"{endpoint}/render", orjson.dumps(body)
+            answer = orjson.loads(await self.ask(worker, path, sent, request_id, trace))
             found = answer if isinstance(answer, list) else [answer]
             return [list(prompt["token_ids"]) for prompt in found]
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:

@@ -70,21 +70,38 @@ class Exchange:
         except EngineFailed as failure:
             self._parts.tally.lost(failure.worker, failure.why, self._story.request_id)
             raise
+        finally:
+            record = self._story.record
+            if record is not None and record.rendered_s is not None:
+                record.answer_tokens = self._course.answer_tokens
 
     async def _run(self) -> None:
         parts = self._parts
         prompts = await self._render()
         prompt_tokens = sum(map(len, prompts))
+        record = self._story.record
         self._course = Course(
             self._request,
             prompts[0] if self._plan.flow is Flow.DISAGGREGATE else None,
             parts.config.has_reasoning_parser,
         )
-        ask = Ask(self._request, self._course, self._answer, self._plan.flow, self._deadline_at)
+        if record is not None:
+            record.rendered_s, record.prompt_tokens = self._story.now_s(), prompt_tokens
+        ask = Ask(
+            self._request,
+            self._course,
+            self._answer,
+            self._plan.flow,
+            self._deadline_at,
+            self._story.trace,
+            self._story.now_s,
+        )
         self._facts = self._facts_of(prompts)
         failure: EngineFailed | None = None
         for number in itertools.count():
+            asked_s = self._story.now_s()
             route, held_tokens = self._choose(prompts, failure)
+            kept_tokens, table = self._course.kept_tokens, parts.fleet.table
             counts = parts.tally.pair(route)
             counts.arrived += not number
             attempt = Attempt(
@@ -92,7 +109,9 @@ class Exchange:
                 ask,
                 route,
                 prompts,
+                number,
                 f"{self._id}.{number}",
+                self._story.attempt(route, table, held_tokens, kept_tokens, asked_s),
                 self._tries,
                 self._has_elsewhere,
             )
@@ -177,7 +196,9 @@ class Exchange:
         if self._plan.flow is Flow.ALONE:
             return []
         try:
-            prompts = await self._parts.renderer.prompt_ids(self._request)
+            prompts = await self._parts.renderer.prompt_ids(
+                self._request, self._id, self._story.trace.lines(0)
+            )
         except CannotRender as reason:
             self._plan = Plan(Flow.ALONE, str(reason))
             return []
@@ -211,7 +232,7 @@ class Exchange:
     def _note(self, route: Route, ended: Ended) -> None:
         is_prefill = ended.stage is Stage.PREFILL and route.prefill is not None
         worker = route.prefill.id if is_prefill and route.prefill is not None else route.decode.id
-        self._story.left(worker.name, ended.cause.value, ended.error.why)
+        self._story.left(worker.name, ended)
         is_failure = ended.cause in (Cause.FAILED, Cause.HUNG)
         if is_failure and errors.is_mark(ended.error):
             self._parts.fleet.suspect(worker)

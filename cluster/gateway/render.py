@@ -89,8 +89,10 @@ class CannotRender(Exception):
 class EngineRenderer(Protocol):
     """Asks an engine to render; implemented by `engines.Engines`."""
 
-    async def render(self, endpoint: Endpoint, body: dict[str, Any]) -> list[list[int]]:
-        """Token ids per prompt.
+    async def render(
+        self, endpoint: Endpoint, body: dict[str, Any], request_id: str, trace: str = ""
+    ) -> list[list[int]]:
+        """Token ids per prompt. `trace`: header lines.
 
         Raises: EngineFailed, NoCapacity; Rejected with the engine's own 4xx; CannotRender if
         engines of this kind have no such endpoint."""
@@ -125,8 +127,11 @@ class Renderer:
             self.trust = Trust.REFUTED
             self._refuted_because = str(reason)
 
-    async def prompt_ids(self, request: GatewayRequest) -> list[list[int]]:
-        """Token ids of each prompt of the request, none of them empty.
+    async def prompt_ids(
+        self, request: GatewayRequest, request_id: str, trace: str = ""
+    ) -> list[list[int]]:
+        """Token ids of each prompt of the request, none of them empty. `request_id`, and `trace` as
+        header lines: what an engine is told if it must be asked.
 
         Raises: ApiError 400; EngineFailed, NoCapacity, Rejected, CannotRender.
         """
@@ -134,7 +139,7 @@ class Renderer:
             return await self._local_ids(request)
         except NotCovered as reason:
             self._count_ask(str(reason))
-        return await self._engine.render(request.endpoint, request.body)
+        return await self._engine.render(request.endpoint, request.body, request_id, trace)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of an answer's ids; "" for all of them where there is no tokenizer here."""
@@ -222,7 +227,7 @@ class Renderer:
 
     async def _engine_ids(self, endpoint: Endpoint, body: dict[str, Any]) -> list[int] | None:
         try:
-            return (await self._engine.render(endpoint, body))[0]
+            return (await self._engine.render(endpoint, body, "check-rendering"))[0]
         except Rejected:
             return None
 

@@ -25,16 +25,18 @@ _BACKOFF_MAX_S = 10.0
 class ReportSink(Protocol):
     """Who hears of this replica's traffic."""
 
-    async def send(self, report: GatewayReport) -> None:
-        """Never raises on its own account. Cancel: safe; the report may have arrived."""
+    async def send(self, report: GatewayReport) -> int:
+        """Number of the newest record that it has of this replica; 0: none, or it did not answer.
+
+        Never raises on its own account. Cancel: safe; the report may have arrived."""
         ...
 
 
 class NoSink:
     """Nobody: tests, benchmarks, engines that nobody manages."""
 
-    async def send(self, report: GatewayReport) -> None:
-        return
+    async def send(self, report: GatewayReport) -> int:
+        return report.records_to
 
 
 class ControllerSink:
@@ -45,7 +47,7 @@ class ControllerSink:
         self._controller: Any = None
         self._backoff_s = 0.0
 
-    async def send(self, report: GatewayReport) -> None:
+    async def send(self, report: GatewayReport) -> int:
         import ray
 
         try:
@@ -55,19 +57,22 @@ class ControllerSink:
                     ray.get_actor, CONTROLLER_ACTOR, namespace=ray_namespace(self._cluster)
                 )
             async with asyncio.timeout(_ANSWER_BOUND_S):
-                await self._controller.gateway_report.remote(report)
+                known: int = await self._controller.gateway_report.remote(report)
             self._backoff_s = 0.0
-            return
+            return known
         except (ValueError, TimeoutError, ray.exceptions.RayError) as error:
             self._controller = None
             if not self._backoff_s:
                 log.info("controller did not take a report why=%s", type(error).__name__)
             self._backoff_s = min(max(self._backoff_s * 2, _BACKOFF_S), _BACKOFF_MAX_S)
         await asyncio.sleep(self._backoff_s)
+        return 0
 
 
-async def keep_reporting(sink: ReportSink, report: Callable[[], GatewayReport]) -> None:
-    """Until it is cancelled."""
+async def keep_reporting(
+    sink: ReportSink, report: Callable[[], GatewayReport], known: Callable[[int], None]
+) -> None:
+    """Until it is cancelled. `known`: is told up to which number the controller has records."""
     while True:
         await asyncio.sleep(EVERY_S)
-        await sink.send(report())
+        known(await sink.send(report()))

@@ -82,6 +82,9 @@ class Table:
     # that any ready worker takes.
     longest_tokens: int = 0
     longest_ready_tokens: int = 0
+    # Ready workers: those that answer, and those that prefill for others.
+    decode_choices: int = 0
+    prefill_choices: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +167,8 @@ def compile_table(snapshot: Snapshot, differences: Differences) -> Table:
         mismatches=tuple(dict.fromkeys(mismatches)),
         longest_tokens=max(snapshot.longest_tokens, longest_ready_tokens),
         longest_ready_tokens=longest_ready_tokens,
+        decode_choices=sum(len(groups[i].workers) for i in receivers),
+        prefill_choices=sum(len(group.workers) for group in groups if group.role is Role.PREFILL),
     )
 
 

@@ -45,11 +45,18 @@ class Upstream:
         self._look: asyncio.TimerHandle | None = None
 
     async def request(
-        self, method: str, url: str, path: str, body: bytes = b"", request_id: str = ""
+        self,
+        method: str,
+        url: str,
+        path: str,
+        body: bytes = b"",
+        request_id: str = "",
+        lines: str = "",
     ) -> UpstreamResponse:
         """Send a request; return when the answer's head has arrived.
 
-        `request_id` must be free of control characters. Raises: UpstreamLost.
+        `request_id` must be free of control characters; `lines`: further headers, each with its
+        line's end. Raises: UpstreamLost.
         Cancel: closes the connection. The caller closes the response, best by `async with`.
         """
         origin = self._origins.get(url)
@@ -57,7 +64,7 @@ class Upstream:
             origin = self._origins[url] = _Origin(url, self._authorization)
         head = (
             f"{method} {path} HTTP/1.1\r\n{origin.headers}x-request-id: {request_id}\r\n"
-            f"content-length: {len(body)}\r\n\r\n"
+            f"{lines}content-length: {len(body)}\r\n\r\n"
         ).encode("latin-1")
         connection = origin.idle_connection()
         if connection is None:

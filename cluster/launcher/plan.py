@@ -16,7 +16,7 @@ from cluster.models.store import ResolvedModel
 from cluster.sizing.kv import kv_bytes_per_token
 from cluster.topology.schema import ModelSpec, Topology
 
-_CHANGED_BY_UP = re.compile(r"(pools\[[^\]]+\]\.replicas|observability)(\..+)?")
+_CHANGED_BY_UP = re.compile(r"(pools\[[^\]]+\]\.replicas|observability(?!\.tracing))(\..+)?")
 _DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "auto": 2.0}
 
 
@@ -57,8 +57,8 @@ def is_wildcard(host: str) -> bool:
 
 def needs_restart(before: DesiredState, after: DesiredState) -> tuple[str, ...]:
     """Keys in which two states differ that `up` does not give a running cluster: all but the pools'
-    `replicas`, and `observability`. Empty: `after` can be applied to a cluster that runs as
-    `before`."""
+    `replicas`, and `observability` less its traces, which gateways are started with. Empty: `after`
+    can be applied to a cluster that runs as `before`."""
     keys = tuple(
         key for key in differing(before.serving, after.serving) if not _CHANGED_BY_UP.fullmatch(key)
     )

@@ -1,7 +1,7 @@
-"""`metadata.serving.observability`: Prometheus and Grafana, ours or somebody else's.
+"""`metadata.serving.observability`: Prometheus and Grafana, ours or somebody else's, and traces.
 
 Shapes, units and defaults, as in `topology.schema`. Read by: launcher.prometheus, the dashboards'
-commands.
+commands, gateway.tracing (`topology.tracing`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from cluster.topology.spec import Spec
+from cluster.topology.tracing import TracingSpec
 
 
 class PrometheusSpec(Spec):
@@ -68,11 +69,14 @@ class GrafanaSpec(Spec):
 
 
 class ObservabilitySpec(Spec):
-    """Metrics over time, and pictures of them."""
+    """Metrics over time and pictures of them; traces of requests."""
 
     prometheus: PrometheusSpec = Field(
         default_factory=PrometheusSpec, description="Who scrapes the cluster's metrics."
     )
     grafana: GrafanaSpec = Field(
         default_factory=GrafanaSpec, description="Where dashboards are pushed to."
+    )
+    tracing: TracingSpec | None = Field(
+        default=None, description="Where traces of requests go. Default: nowhere, they are off."
     )

@@ -299,7 +299,7 @@ class ServingSpec(Spec):
         default_factory=ScalingSpec, description="Who decides how many replicas there are."
     )
     observability: ObservabilitySpec = Field(
-        default_factory=ObservabilitySpec, description="Prometheus and Grafana."
+        default_factory=ObservabilitySpec, description="Prometheus, Grafana, traces."
     )
 
     def pool(self, name: str) -> PoolSpec:

@@ -139,8 +139,9 @@ class FakeEngine:
         self.knows_tools = True
         self.joins_with = "\n"
 
-    async def render(self, endpoint, body):
+    async def render(self, endpoint, body, request_id, trace=""):
         self.asked += 1
+        self.told = (request_id, trace)
         if self.raises is not None:
             raise self.raises
         if endpoint is Endpoint.COMPLETIONS:
@@ -173,12 +174,13 @@ async def test_trust_is_gained_by_agreement_and_spares_the_engine(
 ):
     engine = FakeEngine(templates, form)
     renderer = renderer_of(engine)
-    before = await renderer.prompt_ids(chat(user("Hello")))
+    before = await renderer.prompt_ids(chat(user("Hello")), "r1")
     assert reasons == ["unchecked"]
+    assert engine.told == ("r1", "")
     await renderer.check()
     assert renderer.trust is Trust.TRUSTED
     asked = engine.asked
-    assert await renderer.prompt_ids(chat(user("Hello"))) == before
+    assert await renderer.prompt_ids(chat(user("Hello")), "r1") == before
     assert engine.asked == asked
 
 
@@ -189,7 +191,9 @@ async def test_disagreement_is_for_ever(templates, renderer_of, reasons):
     engine._templates = ModelTemplates(templates._encoder._tokenizer, {"default": "other"}, {})
     await renderer.check()
     assert renderer.trust is Trust.REFUTED
-    assert await renderer.prompt_ids(chat(user("Hello"))) == [templates.encode("other", False)]
+    assert await renderer.prompt_ids(chat(user("Hello")), "r1") == [
+        templates.encode("other", False)
+    ]
     assert reasons == ["differs-from-engine"]
 
 
@@ -201,10 +205,10 @@ async def test_tools_and_parts_are_trusted_apart(templates, renderer_of, reasons
     await renderer.check()
     assert renderer.trust is Trust.TRUSTED
     tool = {"type": "function", "function": {"name": "f"}}
-    assert await renderer.prompt_ids(chat(user("Hello"), tools=[tool])) == [[1, 2, 3]]
-    ids = (await renderer.prompt_ids(chat(user(["a", "b"]))))[0]
+    assert await renderer.prompt_ids(chat(user("Hello"), tools=[tool]), "r1") == [[1, 2, 3]]
+    ids = (await renderer.prompt_ids(chat(user(["a", "b"])), "r1"))[0]
     assert ids == templates.encode("<s>[user]ab[assistant]", False)
-    await renderer.prompt_ids(chat(user("Hello")))
+    await renderer.prompt_ids(chat(user("Hello")), "r1")
     assert reasons == ["tools", "content-parts"]
 
 
@@ -232,12 +236,12 @@ async def test_engines_refusal_reaches_the_client(templates, renderer_of):
     engine = FakeEngine(templates)
     engine.raises = Rejected(400, b"{}", b"application/json")
     with pytest.raises(Rejected):
-        await renderer_of(engine).prompt_ids(chat(user("Hello")))
+        await renderer_of(engine).prompt_ids(chat(user("Hello")), "r1")
 
 
 async def test_token_ids_need_no_rendering(templates, renderer_of, reasons):
     request = parse(Endpoint.COMPLETIONS, b'{"prompt": [[1, 2], [3]]}', "m")
-    assert await renderer_of(FakeEngine(templates)).prompt_ids(request) == [[1, 2], [3]]
+    assert await renderer_of(FakeEngine(templates)).prompt_ids(request, "r1") == [[1, 2], [3]]
     assert reasons == []
 
 
@@ -245,5 +249,5 @@ async def test_long_texts_are_the_same_in_a_thread(templates, renderer_of):
     renderer = renderer_of(FakeEngine(templates))
     await renderer.check()
     text = "Hello 日本 " * 2000
-    ids = (await renderer.prompt_ids(chat(user(text))))[0]
+    ids = (await renderer.prompt_ids(chat(user(text)), "r1"))[0]
     assert ids == templates.encode(f"<s>[user]{text}[assistant]", False)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import NoCapacity
+from cluster.errors import EngineFailed, NoCapacity
 from cluster.gateway import errors, reports
 from cluster.gateway.course import Course
+from cluster.gateway.recovery import Cause, Ended, Stage
 from cluster.gateway.requests import Endpoint, parse
 from cluster.gateway.route import Route
 from cluster.gateway.story import SLOW_S, Story, key_values
@@ -96,7 +97,8 @@ def test_a_clients_own_mistake_has_no_line():
 
 def test_lines_tell_what_happened_with_the_clients_id():
     story = Story("my-id")
-    story.left("decode/0", "failed", "the engine broke the connection")
+    error = EngineFailed("decode/0", None, "the engine broke the connection")
+    story.left("decode/0", Ended(Cause.FAILED, Stage.DECODE, error))
     level, text = story.line("/v1/completions", 200, 1.25) or (0, "")
     assert level == logging.INFO
     assert text == (
@@ -157,10 +159,11 @@ class Sink:
         self.heard: list[Any] = []
         self.is_stuck = asyncio.Event()
 
-    async def send(self, report: GatewayReport) -> None:
+    async def send(self, report: GatewayReport) -> int:
         self.heard.append(report)
         if len(self.heard) == 2:
             await self.is_stuck.wait()
+        return len(self.heard)
 
 
 async def test_reports_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch, tally: Tally):
@@ -174,7 +177,8 @@ async def test_reports_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch, t
         made += 1
         return tally.report(made, 0, 0, 0)
 
-    reporting = asyncio.create_task(reports.keep_reporting(sink, report))
+    known: list[int] = []
+    reporting = asyncio.create_task(reports.keep_reporting(sink, report, known.append))
     await asyncio.sleep(0.1)
     assert made == 2
     sink.is_stuck.set()
@@ -182,3 +186,4 @@ async def test_reports_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch, t
     reporting.cancel()
     assert made > 3
     assert [heard.snapshot_version for heard in sink.heard] == list(range(1, made + 1))
+    assert known == list(range(1, len(known) + 1))

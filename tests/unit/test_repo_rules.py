@@ -23,6 +23,8 @@ SCRIPTS = sorted(
 # Distributions whose import name is not their own name.
 IMPORT_NAME = {
     "grafana-foundation-sdk": "grafana_foundation_sdk",
+    "opentelemetry-exporter-otlp-proto-http": "opentelemetry",
+    "opentelemetry-sdk": "opentelemetry",
     "prometheus-client": "prometheus_client",
     "pyyaml": "yaml",
     "pyzmq": "zmq",
