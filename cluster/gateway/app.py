@@ -377,9 +377,15 @@ class Gateway:
         )
 
     def _now(self) -> Now:
-        gate, version = self._admission, self._fleet.snapshot.version
-        pairs = self._parts.tally.pairs()
-        return Now(gate.running, gate.queued, gate.refused_by_reason, version, pairs)
+        gate, snapshot = self._admission, self._fleet.snapshot
+        pairs = {(link.prefill_pool, link.decode_pool) for link in snapshot.links}
+        return Now(
+            gate.running,
+            gate.queued,
+            gate.refused_by_reason,
+            snapshot.version,
+            self._parts.tally.pairs(besides=pairs),
+        )
 
     async def _check_renderer(self) -> None:
         """Ask an engine as soon as there is one."""

@@ -9,7 +9,7 @@ gateway.answer; read by gateway.reports.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from cluster.gateway.route import Route
@@ -91,9 +91,10 @@ class Tally:
             counts = self._pairs[key] = PairCounts()
         return counts
 
-    def pairs(self) -> tuple[PairTraffic, ...]:
-        """All of them, now."""
-        return tuple(counts.traffic(*key) for key, counts in self._pairs.items())
+    def pairs(self, besides: Iterable[tuple[str, str]] = ()) -> tuple[PairTraffic, ...]:
+        """All of them, now. `besides`: pairs to be shown from nought, if nothing went there yet."""
+        silent = (PairTraffic(*key) for key in sorted(set(besides) - self._pairs.keys()))
+        return (*(counts.traffic(*key) for key, counts in self._pairs.items()), *silent)
 
     def continued(self, worker: str, cause: str, request_id: str) -> None:
         """An answer that `worker` had begun goes on with another."""

@@ -40,8 +40,9 @@ class PrometheusError(Final):
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """One query. `series`: those with at least one number in the window. `problem`: what
-    Prometheus says against the query. `needs`: what the panel must have to show anything."""
+    """One query. `series`: those with at least one number in the window (infinity is none), `least`
+    and `most`: of all their numbers. `problem`: what Prometheus says against the query. `needs`:
+    what the panel must have to show anything."""
 
     board: str
     panel: str
@@ -49,6 +50,8 @@ class Checked:
     expr: str
     series: int
     problem: str = ""
+    least: float | None = None
+    most: float | None = None
 
     @property
     def has_data(self) -> bool:
@@ -105,16 +108,19 @@ class _Asked:
 
     async def check(self, board: Board, panel: Panel, query: Query) -> Checked:
         expr = filled(query.expr, values(self.window_s))
-        series, problem = await self._ask(expr, is_instant=panel.is_instant)
+        numbers, problem = await self._ask(expr, is_instant=panel.is_instant)
         needs = panel.needs.value if panel.needs is not None else ""
-        return Checked(board.title, panel.asks, needs, expr, series, problem)
+        return Checked(
+            board.title, panel.asks, needs, expr, len(numbers), problem, *_extremes(numbers)
+        )
 
     async def event(self, name: str, expr: str) -> Checked:
         expr = filled(expr, values(self.window_s))
-        _, problem = await self._ask(expr, is_instant=False)
-        return Checked("annotations", name, "", expr, 1, problem)
+        numbers, problem = await self._ask(expr, is_instant=False)
+        return Checked("annotations", name, "", expr, 1, problem, *_extremes(numbers))
 
-    async def _ask(self, expr: str, *, is_instant: bool) -> tuple[int, str]:
+    async def _ask(self, expr: str, *, is_instant: bool) -> tuple[list[list[float]], str]:
+        """The numbers of each series that has any, and what Prometheus says against the query."""
         asked = {"query": expr}
         if is_instant:
             asked["time"] = f"{self.now_s:.3f}"
@@ -130,10 +136,15 @@ class _Asked:
         if not isinstance(found, dict) or "status" not in found:
             raise PrometheusError(self.url, f"{path} does not answer as Prometheus' does")
         if found["status"] != "success":
-            return 0, str(found.get("error", "refused"))
-        return sum(_has_number(one) for one in found["data"]["result"]), ""
+            return [], str(found.get("error", "refused"))
+        return [numbers for one in found["data"]["result"] if (numbers := _numbers(one))], ""
 
 
-def _has_number(series: dict[str, Any]) -> bool:
+def _numbers(series: dict[str, Any]) -> list[float]:
     points = series["values"] if "values" in series else [series["value"]]
-    return any(not math.isnan(float(value)) for _, value in points)
+    return [number for _, value in points if math.isfinite(number := float(value))]
+
+
+def _extremes(series: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
+    numbers = [number for one in series for number in one]
+    return (min(numbers), max(numbers)) if numbers else (None, None)

@@ -74,7 +74,7 @@ async def test_panels_over_time_are_asked_for_the_whole_window_and_others_for_no
             assert (asked["start"], asked["end"]) == ("940.000", "1000.000")
 
 
-@pytest.mark.parametrize("points", [[], [[1, "NaN"]], [[1, "NaN"], [2, "NaN"]]])
+@pytest.mark.parametrize("points", [[], [[1, "NaN"]], [[1, "NaN"], [2, "+Inf"]]])
 async def test_series_without_a_number_are_no_data(prometheus, url, points):
     prometheus.points = points
     checked = await verify(url, files.BOARDS, now_s=1000.0, window_s=60.0)
@@ -85,6 +85,16 @@ async def test_one_number_in_the_window_is_data(prometheus, url):
     prometheus.points = [[1, "NaN"], [2, "3"]]
     checked = await verify(url, files.BOARDS, now_s=1000.0, window_s=60.0)
     assert all(one.has_data for one in checked)
+
+
+async def test_the_smallest_and_the_largest_number_of_each_query_are_told(prometheus, url):
+    prometheus.points = [[1, "NaN"], [2, "3"], [3, "-1.5"], [4, "2"]]
+    checked = await verify(url, files.BOARDS, now_s=1000.0, window_s=60.0)
+    # Others are asked for now alone.
+    assert {(one.least, one.most) for one in checked} == {(-1.5, 3.0), (2.0, 2.0)}
+    prometheus.points = []
+    checked = await verify(url, files.BOARDS, now_s=1000.0, window_s=60.0)
+    assert {(one.least, one.most) for one in checked} == {(None, None)}
 
 
 async def test_events_need_no_data_but_must_be_understood(prometheus, url):

@@ -165,7 +165,7 @@ async def test_request_id_is_the_clients_if_it_is_sane(gateway):
     assert headers["x-request-id"] not in ("a b;c", "")
 
 
-async def test_what_goes_wrong_is_shown_from_nought_before_the_first_time(gateway):
+async def test_counters_are_shown_from_nought_before_the_first_time(gateway):
     async with gateway.session.get("/metrics") as response:
         said = await response.text()
     for series in (
@@ -174,6 +174,7 @@ async def test_what_goes_wrong_is_shown_from_nought_before_the_first_time(gatewa
         'retries_total{why="drained"}',
         'recoveries_total{cause="failed",way="continue"}',
         'engine_failures_total{pool="decode",stage="decode"}',
+        'ttft_seconds_count{decode_pool="decode",prefill_pool="prefill"}',
     ):
         assert f"pdcluster_gateway_{series} 0.0" in said
 
