@@ -78,12 +78,9 @@ def test_traffic_is_seen_in_gateways_engines_and_what_is_recorded_of_them(watche
     for number in range(12):
         watched.home.run("chat", f"{text} {number}", "--max-tokens", "20")
     for percent in (50, 95, 99):
-        (value,) = [
-            value
-            for labels, value in prometheus.wait_for(f"pdcluster:ttft_seconds:p{percent}")
-            if labels.get("decode_pool") == "decode"
-        ]
-        assert 0 < value < 5
+        # Of two pairs: decode holds the beginning of most chats, and takes them without prefill.
+        found = prometheus.wait_for(f'pdcluster:ttft_seconds:p{percent}{{decode_pool="decode"}}')
+        assert all(0 < value < 5 for _, value in found)
     assert prometheus.wait_for("sum(pdcluster_gateway_pair_requests_total) >= 12")
     (acceptance,) = prometheus.wait_for("pdcluster:engine_acceptance_length:rate5m")
     assert acceptance[0]["pool"] == "decode"
