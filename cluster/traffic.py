@@ -110,6 +110,31 @@ class GatewayNote:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that a worker answered with a server error. Times are wall clock; the same request
+    that fails again is the same failure, later."""
+
+    request: int  # of requests that say the same it is the same
+    peer: str  # the worker at the other end of a pull that failed; "": none had a part in it
+    first_at_s: float
+    last_at_s: float
+    is_proven: bool  # somebody answered the request after all: it was not at fault
+    why: str  # the engine's own words
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a worker (POOL/INDEX#GENERATION) has served this replica. Times are wall clock; 0:
+    never. `failures`: since it last answered; those with a peer, since it last had a part in a
+    pull that went well."""
+
+    worker: str
+    answered_at_s: float = 0.0
+    pulled_at_s: float = 0.0
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayReport:
     """One replica, now. `gateway` is its own for its life: a replica that is restarted is another.
 
@@ -125,6 +150,7 @@ class GatewayReport:
     recoveries: int = 0  # total of answers that went on with another engine
     pairs: tuple[PairTraffic, ...] = ()
     notes: tuple[GatewayNote, ...] = ()
+    standings: tuple[Standing, ...] = ()  # of the workers that there are
     metrics_url: str = ""  # of this replica alone, for Prometheus; "": it has none
     records_to: int = 0
     records: tuple[PackedRecord, ...] = ()

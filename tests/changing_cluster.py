@@ -59,6 +59,7 @@ ASKS = [
     DrainWorker("decode/1", 7.0),
     DrainNode("10.0.0.7"),
     DrainNode("fd00::7"),
+    DrainNode("10.0.0.8", 5.0, may_end_service=True),
     ReturnNode("a" * 56),
     Apply(SERVING, 5.0, surge=False),
 ]

@@ -104,6 +104,10 @@ class FakeWorkers:
         self.alive = {}
         self.spawned = []
         self.prints = {}
+        self.ray_nodes = ()
+
+    async def nodes(self):
+        return self.ray_nodes
 
     async def spawn(self, spec):
         self.spawned.append(spec)

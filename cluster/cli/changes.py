@@ -99,6 +99,10 @@ def drain(
     give_back: Annotated[
         bool, typer.Option("--return", help="Let a drained NODE take workers again.")
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Drain a NODE without which nobody would prefill, or decode."),
+    ] = False,
     grace: Grace = DEFAULT_GRACE_S,
     why: Why = "",
     no_wait: NoWait = False,
@@ -118,6 +122,8 @@ def drain(
     if "/" in what:
         if give_back:
             raise InvalidInput(f"--return is for nodes; {what} is a worker, which comes by itself")
+        if force:
+            raise InvalidInput(f"--force is for nodes; {what} is a worker")
         ask = DrainWorker(_worker(control, what), grace_s(grace))
     elif re.fullmatch(NODE_PATTERN, what) is None:
         raise InvalidInput(
@@ -125,7 +131,7 @@ def drain(
             "Ray's id of it"
         )
     else:
-        ask = ReturnNode(what) if give_back else DrainNode(what, grace_s(grace))
+        ask = ReturnNode(what) if give_back else DrainNode(what, grace_s(grace), force)
     carry_out(at, control, ask, why, no_wait=no_wait, json=json)
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from cluster.cli import output
 from cluster.cli.ttft import ttft_s
 from cluster.control.events import Told
-from cluster.control.state import ClusterStatus, LinkStatus, PoolStatus
+from cluster.control.state import ClusterStatus, LinkStatus, PoolStatus, SilentHost
 from cluster.identity import WorkerState
 from cluster.launcher.target import Target
 from cluster.workers.report import Counters, WorkerReport
@@ -44,6 +44,7 @@ def of(at: Target, found: ClusterStatus, exposition: str, now_s: float) -> dict[
         "ttft_s": {"p50": ttft_s(exposition, 0.5), "p95": ttft_s(exposition, 0.95)},
         "pools": [_pool(pool, found.workers) for pool in found.pools],
         "workers": [_worker(report, now_s) for report in found.workers],
+        "silent_hosts": [_silent(host, now_s) for host in found.silent_hosts],
         "failed": [asdict(slot) for slot in found.failed],
         "links": [_link(state) for state in found.links],
         "events": [_event(told) for told in found.events],
@@ -69,6 +70,9 @@ def draw(view: dict[str, Any]) -> None:
     for worker in view["workers"]:
         if worker["message"]:
             print_(f"[yellow]{worker['name']}: {escape(worker['message'])}[/yellow]")
+    for host in view["silent_hosts"]:
+        span = output.span_text(host["silent_for_s"])
+        print_(f"[red]host {host['address']} silent for {span}: {escape(host['why'])}[/red]")
     for slot in view["failed"]:
         _draw_failed(slot)
     for link in view["links"]:
@@ -120,6 +124,10 @@ def _worker(report: WorkerReport, now_s: float) -> dict[str, Any]:
         "kv": dict(report.kv),
         "last_words": list(report.last_words),
     }
+
+
+def _silent(host: SilentHost, now_s: float) -> dict[str, Any]:
+    return {**asdict(host), "silent_for_s": round(now_s - host.since_s, 1)}
 
 
 def _link(state: LinkStatus) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from cluster.identity import WorkerId
 from cluster.settings import CONTROLLER_ACTOR, ray_namespace
 from cluster.workers import handle as workers
 from cluster.workers.handle import WorkerHandle
+from cluster.workers.nodes import RayNode, look
 from cluster.workers.spec import WorkerSpec
 
 # A restarting controller imports Ray and finds its workers before it answers.
@@ -53,6 +54,9 @@ class RayWorkers:
 
     async def remove(self, cluster: str, worker: WorkerId) -> None:
         await workers.remove(cluster, worker)
+
+    async def nodes(self) -> tuple[RayNode, ...]:
+        return await look()
 
 
 class ControllerActor(Controller):

@@ -104,6 +104,14 @@ class DrainRequest(_Graceful):
     pass
 
 
+class DrainNodeRequest(_Graceful):
+    may_end_service: bool = Field(
+        default=False,
+        strict=True,
+        description="Also where no other node could take workers of a kind that is needed.",
+    )
+
+
 class ReturnRequest(_Reasoned):
     pass
 
@@ -186,12 +194,13 @@ def changing(controls: ChangeControls) -> APIRouter:
     @router.post("/nodes/{node}/drain", **_BEGINS)
     async def drain_node(
         node: _Node,
-        body: Annotated[DrainRequest, Body()] = DrainRequest(),  # noqa: B008 - frozen
+        body: Annotated[DrainNodeRequest, Body()] = DrainNodeRequest(),  # noqa: B008 - frozen
         asked_by: _AskedBy = "unknown",
         key: _Key = None,
     ) -> Response:
         """Have no workers on a node, until it is returned."""
-        return await once.begin(DrainNode(node, body.grace_s), asked_by, body.why, key)
+        ask = DrainNode(node, body.grace_s, body.may_end_service)
+        return await once.begin(ask, asked_by, body.why, key)
 
     @router.post("/nodes/{node}/return", **_BEGINS)
     async def return_node(

@@ -53,10 +53,13 @@ class DrainWorker:
 @dataclass(frozen=True, slots=True)
 class DrainNode:
     """Have no workers on a node (its address, or Ray's id of it): start others elsewhere, where
-    there is room, then end those that are there. It stays so until `ReturnNode`."""
+    there is room, then end those that are there. It stays so until `ReturnNode`.
+
+    `may_end_service`: also where nobody would be left to prefill, or to decode."""
 
     node: str
     grace_s: float = DEFAULT_GRACE_S
+    may_end_service: bool = False
     kind: Literal["drain-node"] = "drain-node"
 
 

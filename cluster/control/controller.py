@@ -117,6 +117,10 @@ class Controller:
             await self._loop.restore()
             before = self._loop.served()
             reports = self._loop.crew.reports()
+            if isinstance(ask, DrainNode) and not ask.may_end_service:
+                await self._loop.nodes.look(at_once=True)
+                node = operations.node_of(ask.node, before, reports)
+                operations.check_drain(before, node, reports, self._loop.nodes.living)
             after = operations.apply_ask(before, ask, reports, self._loop.history.next_id())
             target = ""
             if isinstance(ask, DrainWorker):
@@ -185,6 +189,7 @@ class Controller:
             reports,
             failed,
             self._loop.events.last(EVENTS_SHOWN),
+            self._loop.nodes.silent(self._loop.crew.in_order()),
         )
 
     async def live(self, since: int, events_after: int) -> Live:

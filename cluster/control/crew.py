@@ -82,7 +82,7 @@ class Crew:
 
     def start(self, spec: WorkerSpec) -> None:
         tracked = Tracked.starting(spec.id, spec.role, spec.revision, self._clock)
-        tracked.avoids = frozenset(spec.avoided_nodes)
+        tracked.avoided = frozenset(spec.avoided_nodes)
         self._tracked[spec.id] = tracked
         tracked.spawning = self._do(self._spawn(tracked, spec), f"spawn {spec.id}")
 

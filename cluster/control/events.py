@@ -57,6 +57,13 @@ class WorkerUnanswering:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerFoundIll:
+    worker: WorkerId
+    why: str  # what it failed, and its engine's own words
+    failures: int  # in a row, of the place that it has in its pool
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerDraining:
     worker: WorkerId
     cause: str
@@ -166,6 +173,7 @@ Event = (
     | WorkerNotStarted
     | WorkerMoved
     | WorkerUnanswering
+    | WorkerFoundIll
     | WorkerDraining
     | WorkerRemoved
     | LinkRefused

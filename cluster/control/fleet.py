@@ -15,6 +15,7 @@ from cluster.control.events import Event, WorkerMoved, WorkerUnanswering
 from cluster.control.reconcile import Observed
 from cluster.identity import ENDED, Role, WorkerId, WorkerState
 from cluster.workers.handle import WorkerHandle
+from cluster.workers.nodes import RayNode
 from cluster.workers.report import WorkerReport
 from cluster.workers.spec import WorkerSpec
 
@@ -29,6 +30,8 @@ class Workers(Protocol):
     async def find_all(self, cluster: str) -> list[WorkerId]: ...
 
     async def remove(self, cluster: str, worker: WorkerId) -> None: ...
+
+    async def nodes(self) -> tuple[RayNode, ...]: ...
 
 
 @dataclass(slots=True)
@@ -47,13 +50,14 @@ class Tracked:
     # What it serves as. The report tells what its engine was started for.
     role: Role = Role.MIXED
     epoch: int = 0
-    avoids: frozenset[str] = frozenset()  # Ray's ids of nodes that it is not to be placed on
     is_changing: bool = False
     lets_go: bool = False
     ready_since_s: float | None = None
     started_at_s: float = field(init=False)
     heard_at_s: float = field(init=False)
     is_silent: bool = False
+    # Nodes that it was not to go to, as it was told at its start; None: another controller did.
+    avoided: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         self.started_at_s = self.heard_at_s = self.clock.now_s()
@@ -160,7 +164,14 @@ class Tracked:
     def is_unplaced(self) -> bool:
         return not self.report.node_ip and self.report.state is WorkerState.STARTING
 
-    def observed(self, now_s: float, outdated: str = "", flips_to: Role | None = None) -> Observed:
+    def observed(
+        self,
+        now_s: float,
+        outdated: str = "",
+        flips_to: Role | None = None,
+        ill: str = "",
+        misplaced: str = "",
+    ) -> Observed:
         """As reconcile wants it; what speaks against the worker is for the caller to know."""
         return Observed(
             id=self.id,
@@ -169,6 +180,8 @@ class Tracked:
             is_gone=self.is_gone,
             message=self.report.message,
             outdated=outdated,
+            ill=ill,
+            misplaced=misplaced,
             unplaced_for_s=now_s - self.started_at_s if self.is_unplaced else 0.0,
             flips_to=flips_to,
         )

@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from cluster.control import exported, history, reconcile, roles, rollout, snapshots
+from cluster.control import exported, history, illness, reconcile, roles, rollout, snapshots
 from cluster.control.clock import Clock
 from cluster.control.counted import Counted
 from cluster.control.crew import Crew
@@ -25,6 +25,7 @@ from cluster.control.events import (
     LinkAllowed,
     LinkRefused,
     WorkerDraining,
+    WorkerFoundIll,
     WorkerRemoved,
     WorkerStarted,
 )
@@ -32,6 +33,7 @@ from cluster.control.fleet import Tracked, Workers
 from cluster.control.flip import Way
 from cluster.control.gateways import Gateways
 from cluster.control.live import Rows
+from cluster.control.nodes import Nodes
 from cluster.control.progress import Seen
 from cluster.control.publisher import Publisher
 from cluster.control.recent import Recent
@@ -41,6 +43,7 @@ from cluster.control.reconcile import (
     Observed,
     PoolWanted,
     Remove,
+    Replace,
     Slot,
     SlotKey,
     Start,
@@ -51,6 +54,7 @@ from cluster.control.store import Store
 from cluster.errors import InvalidInput
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.observe.controller_metrics import ControllerMetrics
+from cluster.topology.schema import ServingSpec
 from cluster.workers.report import WorkerReport
 
 # While something starts or goes, people wait for it; a settled cluster is looked at less often
@@ -59,6 +63,8 @@ BUSY_TICK_S = 0.5
 IDLE_TICK_S = 1.0
 # A new worker that fails later than this has not failed because of what its engine was told.
 _ROLLOUT_BLAMED_S = 60.0
+# An ill worker's place is needed; a stream that it still carries goes on elsewhere after this.
+_ILL_GRACE_S = 20.0
 
 
 class Loop:
@@ -91,6 +97,7 @@ class Loop:
             self.metrics, lambda change: self.history.find(change).kind, clock.now_s
         )
         way = Way(self.publish, self.publisher.acknowledged, self.emit, clock)
+        self.nodes = Nodes(workers, clock)
         self.crew = Crew(cluster, workers, way, wake)
         self.slots: dict[SlotKey, Slot] = {}
         self.last_words: dict[SlotKey, tuple[str, ...]] = {}
@@ -125,13 +132,18 @@ class Loop:
     async def tick(self) -> None:
         hung_after_s = self.desired.serving.health.hung_after_s if self.desired else float("inf")
         await self.crew.observe(hung_after_s)
+        await self.nodes.look()
         if self.desired is None:
             return
         desired = await self._follow_rollout(self.desired)
         now_s = self.clock.now_s()
+        ill = self._ill(desired.serving, now_s)
         actions = reconcile.reconcile(
             self._wanted(desired),
-            [self._observed(tracked, desired, now_s) for tracked in self.crew.in_order()],
+            [
+                self._observed(tracked, desired, now_s, ill.get(tracked.id, ""))
+                for tracked in self.crew.in_order()
+            ],
             self.slots,
             desired.serving.health,
             now_s,
@@ -151,6 +163,16 @@ class Loop:
             seen = self.seen(desired)
             if self.history.follow(seen, self.figures(seen)):
                 await asyncio.to_thread(self.store.put_changes, self.history.saved())
+        # After the drain of a node that ends by its death has been seen to end.
+        await self._forget_nodes(desired)
+
+    async def _forget_nodes(self, desired: DesiredState) -> None:
+        gone = self.nodes.forgotten(tuple(desired.drained_nodes))
+        for report in self.crew.reports():
+            gone -= {report.node_id, *report.node_ids}
+        if gone:
+            rest = {node: at for node, at in desired.drained_nodes.items() if node not in gone}
+            await self.want(desired.model_copy(update={"drained_nodes": rest}))
 
     def _wanted(self, desired: DesiredState) -> list[PoolWanted]:
         reports = self.crew.reports()
@@ -167,9 +189,26 @@ class Loop:
             for pool in desired.serving.pools
         ]
 
-    def _observed(self, tracked: Tracked, desired: DesiredState, now_s: float) -> Observed:
+    def _ill(self, serving: ServingSpec, now_s: float) -> dict[WorkerId, str]:
+        islands = {pool: island.name for island in serving.islands for pool in island.pools}
+        ready: list[illness.Ready] = []
+        for tracked in self.crew.in_order():
+            seen = tracked.observed(now_s)
+            if seen.state is WorkerState.READY:
+                slot = self.slots.get(seen.slot, Slot())
+                is_new = seen.ready_for_s <= serving.health.restart_backoff_max_s
+                failures = slot.failures if is_new else 0
+                island = islands.get(tracked.id.pool, "")
+                ready.append(illness.Ready(tracked.id, tracked.role, failures, island))
+        return illness.judge(self.gateways.latest(), ready, self.clock.wall_s())
+
+    def _observed(
+        self, tracked: Tracked, desired: DesiredState, now_s: float, ill: str
+    ) -> Observed:
         report, pool = tracked.report, desired.pool(tracked.id.pool)
-        outdated, flips_to = "", None
+        outdated, flips_to, misplaced = "", None, ""
+        if tracked.is_unplaced and self._has_other_nodes(tracked, desired):
+            misplaced = "other nodes may take it now than when it was asked for"
         if pool is not None:
             wanted = desired.role_of(tracked.id)
             drained = {report.node_id, *report.node_ids} & set(desired.drained_nodes)
@@ -177,16 +216,21 @@ class Loop:
                 outdated = "its engine is to be told something else"
             elif drained:
                 outdated = f"node {report.node_ip} is drained"
-            elif tracked.is_unplaced and tracked.avoids - desired.drained_nodes.keys():
-                # Ray keeps to what it was told when the worker was started.
-                outdated = "it waits for room beside a node that takes workers again"
             elif tracked.role is not wanted:
                 why = roles.why_restart(desired.serving, pool.name)
                 if why:
                     outdated = f"it is to serve as {wanted}, which takes a new start"
                 else:
                     flips_to = wanted
-        return tracked.observed(now_s, outdated, flips_to)
+        return tracked.observed(now_s, outdated, flips_to, ill, misplaced)
+
+    def _has_other_nodes(self, tracked: Tracked, desired: DesiredState) -> bool:
+        """Whether nodes were drained or returned since its placement was asked for."""
+        if tracked.avoided is None or tracked.handle is None:
+            return False
+        living = {node.id for node in self.nodes.living}
+        changed = tracked.avoided ^ set(desired.drained_nodes)
+        return bool(changed & living if living else changed)
 
     def act(self, action: reconcile.Action, desired: DesiredState, now_s: float) -> None:
         """Begin one step. What takes time goes on in the background; the worker's entry says so."""
@@ -203,6 +247,8 @@ class Loop:
             self.emit(WorkerDraining(worker, action.why))
         elif isinstance(action, Flip):
             self.crew.flip(tracked, action.role, desired.grace_s)
+        elif isinstance(action, Replace):
+            self._replace(tracked, action, desired, now_s)
         else:
             self._remove(tracked, action, desired, now_s)
 
@@ -216,14 +262,29 @@ class Loop:
         has_failed = tracked.observed(now_s).has_failed
         pause_s = max(0.0, action.slot.not_before_s - now_s) if action.slot.failures else None
         self.emit(WorkerRemoved(tracked.id, action.why, pause_s))
+        if has_failed:
+            self._blame_rollout(tracked, action.why, desired, now_s)
+
+    def _replace(
+        self, tracked: Tracked, action: Replace, desired: DesiredState, now_s: float
+    ) -> None:
+        self.slots[tracked.id.pool, tracked.id.index] = action.slot
+        self.crew.drain(tracked, min(desired.grace_s, _ILL_GRACE_S))
+        self.emit(WorkerFoundIll(tracked.id, action.why, action.slot.failures))
+        self._blame_rollout(tracked, action.why, desired, now_s)
+
+    def _blame_rollout(
+        self, tracked: Tracked, why: str, desired: DesiredState, now_s: float
+    ) -> None:
+        """Note a failure that may be due to what new workers are told."""
         under_way = desired.rollout
-        if under_way is None or key[0] not in under_way.pools or not has_failed:
+        if under_way is None or tracked.id.pool not in under_way.pools:
             return
         is_new = not rollout.is_outdated(desired, tracked.report)
         if is_new and tracked.observed(now_s).ready_for_s < _ROLLOUT_BLAMED_S:
             last = tracked.report.last_words[-1:]
             said = f"; its last words: {last[0]}" if last else ""
-            self.rollout_failures.append(f"{tracked.id} failed: {action.why}{said}")
+            self.rollout_failures.append(f"{tracked.id} failed: {why}{said}")
 
     async def _follow_rollout(self, desired: DesiredState) -> DesiredState:
         """What is wanted now that a rollout may have ended, or failed."""

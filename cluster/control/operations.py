@@ -26,7 +26,11 @@ from cluster.errors import InvalidInput
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.topology.findings import did_you_mean
 from cluster.topology.schema import PoolSpec
+from cluster.workers.nodes import RayNode
+from cluster.workers.placement import could_take, explain_unplaceable, request_of
 from cluster.workers.report import WorkerReport
+
+_SERVES = frozenset({WorkerState.READY, WorkerState.CHANGING})
 
 
 def apply_ask(
@@ -126,6 +130,35 @@ def node_of(name: str, desired: DesiredState, reports: Sequence[WorkerReport]) -
     raise InvalidInput(
         f"node: found {name}; no worker is on it. Nodes with workers, or drained: {known}"
     )
+
+
+def check_drain(
+    desired: DesiredState, node: str, reports: Sequence[WorkerReport], living: Sequence[RayNode]
+) -> None:
+    """Raises: InvalidInput: without the node nobody would prefill, or nobody decode: all that do
+    are on it, and no other living node could take one that does."""
+    rest = [one.facts for one in living if one.id != node]
+    for is_prefill, what in ((True, "prefill"), (False, "decode")):
+        serving = [
+            report
+            for report in reports
+            if (report.role is Role.PREFILL) is is_prefill and report.state in _SERVES
+        ]
+        if not serving or any(node not in (r.node_id, *r.node_ids) for r in serving):
+            continue
+        asked = [
+            (pool.name, request_of(pool, tuple(desired.drained_nodes)))
+            for pool in desired.serving.pools
+            if pool.replicas.initial > 0 and pool.name in {report.id.pool for report in serving}
+        ]
+        if not living or not asked or any(could_take(request, rest) for _, request in asked):
+            continue
+        lacks = "; ".join(f"{name} {explain_unplaceable(request, rest)}" for name, request in asked)
+        raise InvalidInput(
+            f"node: found {node}; all that {what} are on it, and "
+            + (f"no other could take one ({lacks})" if rest else "there is no other node")
+            + f", so nobody would {what}; add a node first, or `--force` (may_end_service)"
+        )
 
 
 def _scaled(desired: DesiredState, ask: Scale) -> DesiredState:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from cluster.control import snapshots
 from cluster.control.events import Recorded
 from cluster.control.reconcile import Slot, SlotKey
-from cluster.control.state import ClusterStatus, DesiredState, FailedSlot, PoolStatus
+from cluster.control.state import ClusterStatus, DesiredState, FailedSlot, PoolStatus, SilentHost
 from cluster.identity import WorkerState
 from cluster.workers.report import WorkerReport
 
@@ -20,6 +20,7 @@ def cluster_status(
     reports: Sequence[WorkerReport],
     failed: Sequence[FailedSlot],
     events: tuple[Recorded, ...],
+    silent: tuple[SilentHost, ...],
 ) -> ClusterStatus:
     return ClusterStatus(
         cluster=cluster,
@@ -44,6 +45,7 @@ def cluster_status(
         failed=tuple(failed),
         links=snapshots.links(desired, reports) if desired is not None else (),
         events=tuple(recorded.told() for recorded in events),
+        silent_hosts=silent,
     )
 
 

@@ -6,7 +6,10 @@ nothing, reads no clock.
 
     slot empty,  wanted,  pause over   ─▶ Start
     worker FAILED, HUNG or vanished    ─▶ Remove, and the slot pauses before its next Start
+    worker READY but ill (`ill`)       ─▶ Replace: it drains, and its slot pauses as after a failure
     worker STOPPED                     ─▶ Remove
+    worker that no node has taken, and that other nodes might now (`misplaced`)
+                                       ─▶ Remove; the next Start asks anew
     worker not wanted                  ─▶ Drain; the highest index of a pool goes first
     worker outdated (`outdated`)       ─▶ Start the next generation beside it; once that is ready,
                                           Drain it. One slot of a pool at a time.
@@ -74,6 +77,8 @@ class Observed:
     is_gone: bool = False
     message: str = ""
     outdated: str = ""  # why it is to be replaced; "": it need not be
+    ill: str = ""  # what speaks against it, though it lives; "": nothing
+    misplaced: str = ""  # why it is to be asked for anew, having no node yet
     unplaced_for_s: float = 0.0  # since its start, if no node has taken it yet
     flips_to: Role | None = None  # the role it is to serve in, if unlike the present one
 
@@ -96,7 +101,16 @@ class Observed:
 
     @property
     def is_leaving(self) -> bool:
-        return self.has_stopped or self.has_failed or self.state is WorkerState.DRAINING
+        return (
+            self.has_stopped
+            or self.has_failed
+            or self.state is WorkerState.DRAINING
+            or bool(self.misplaced)
+        )
+
+    @property
+    def is_ill(self) -> bool:
+        return bool(self.ill) and self.state is WorkerState.READY and not self.is_gone
 
     @property
     def is_proven(self) -> bool:
@@ -119,6 +133,15 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class Replace:
+    """Let a worker that is ill end soon; what it has goes on elsewhere, and its slot pauses."""
+
+    worker: WorkerId
+    why: str
+    slot: Slot  # the slot afterwards
+
+
+@dataclass(frozen=True, slots=True)
 class Remove:
     """End what is left of the worker, without grace."""
 
@@ -136,7 +159,7 @@ class Flip:
     why: str
 
 
-Action = Start | Drain | Remove | Flip
+Action = Start | Drain | Replace | Remove | Flip
 
 
 def reconcile(
@@ -194,6 +217,9 @@ def _reconcile_pool(
     for index in sorted(by_index, reverse=True):
         alive = [worker for worker in by_index[index] if not worker.is_leaving]
         if index in pool.indices:
+            ill = [worker for worker in alive if worker.is_ill]
+            actions += [_replace(worker, slots, health, now_s) for worker in ill]
+            alive = [worker for worker in alive if worker not in ill]
             leaving = _replaced(pool, alive)
         else:
             leaving = {
@@ -231,6 +257,8 @@ def _removals(
             actions.append(Remove(worker.id, why, slot))
         elif worker.has_stopped:
             actions.append(Remove(worker.id, "it has stopped", slot))
+        elif worker.misplaced:
+            actions.append(Remove(worker.id, worker.misplaced, slot))
     return actions
 
 
@@ -295,7 +323,7 @@ def _replacement(
 ) -> list[Action]:
     """The next step for an outdated worker: at most one of a pool at a time, and none while
     something else is under way in it."""
-    if any(isinstance(action, Start) for action in others):
+    if any(isinstance(action, Start | Replace) for action in others):
         return []
     due: list[Observed] = []
     for index in sorted(pool.indices & by_index.keys()):
@@ -318,6 +346,14 @@ def _replacement(
         return []
     slot = slots.get(worker.slot, Slot(generation=worker.id.generation))
     return [_start(pool.name, worker.id.index, slot, f"instead of {worker.id}: {worker.outdated}")]
+
+
+def _replace(
+    worker: Observed, slots: Mapping[SlotKey, Slot], health: HealthSpec, now_s: float
+) -> Replace:
+    slot = slots.get(worker.slot, Slot(generation=worker.id.generation))
+    slot = after_failure(slot, worker.ready_for_s, health, now_s, worker.ill)
+    return Replace(worker.id, worker.ill, slot)
 
 
 def _start(pool: str, index: int, slot: Slot, why: str) -> Start:

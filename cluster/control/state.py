@@ -169,6 +169,15 @@ class LinkStatus:
     mismatches: tuple[str, ...] = ()  # plain sentences, one per pair of unlike workers
 
 
+@dataclass(frozen=True, slots=True)
+class SilentHost:
+    """A host that is not heard of any more and was not ended on request."""
+
+    address: str
+    since_s: float  # wall clock; when this controller noticed
+    why: str
+
+
 class LogWindow(NamedTuple):
     """A piece of an engine's log, where the next one begins, and whose log it is: the offsets of
     another generation are another file's."""
@@ -191,3 +200,4 @@ class ClusterStatus:
     failed: tuple[FailedSlot, ...]
     links: tuple[LinkStatus, ...]
     events: tuple[Told, ...]  # newest last
+    silent_hosts: tuple[SilentHost, ...] = ()

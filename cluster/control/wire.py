@@ -206,7 +206,8 @@ def posted(ask: Ask) -> tuple[str, dict[str, Any]]:
         case DrainWorker():
             at, body = f"workers/{ask.worker}/drain", {}
         case DrainNode():
-            at, body = f"nodes/{_quoted(ask.node)}/drain", {}
+            at = f"nodes/{_quoted(ask.node)}/drain"
+            body = {"may_end_service": True} if ask.may_end_service else {}
         case ReturnNode():
             return f"/v1/nodes/{_quoted(ask.node)}/return", {}
         case Apply():

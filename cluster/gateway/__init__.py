@@ -11,7 +11,8 @@ leaving    pure: which workers a snapshot lets go of; quarantine keeps suspects 
 fleet      what this replica knows of the workers: snapshot, own load, held blocks
 render     prompt to token ids, once; templates is its local half
 upstream   HTTP to engines; liveness notices that a host is cut off
-tally      what the controller is told of the traffic (reports); story: what the log is
+tally      what the controller is told of the traffic (reports), and of how workers serve
+           (standing); story: what the log is told
 requests   the edge: JSON in, validated request out
 admission, auth, cutoff, errors, source, config   one thing each, as they are called
 """

@@ -8,7 +8,7 @@ gateway.exchange.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
@@ -67,8 +67,11 @@ class Answer:
         is_stream = self._request.is_stream
         self._piece = await (first_piece if is_stream else read)(worker, response)
 
-    async def pass_on(self, course: Course, counts: PairCounts) -> None:
-        """Give the client what has begun, to its end. `counts`: of the pair that answers.
+    async def pass_on(
+        self, course: Course, counts: PairCounts, answers: Callable[[], None]
+    ) -> None:
+        """Give the client what has begun, to its end. `counts`: of the pair that answers;
+        `answers`: told once it is certain that it does.
 
         Raises: EngineFailed: the engine broke it off; HandedBack. Further text of the same answer
         may come from another engine then, as `course` says."""
@@ -77,9 +80,10 @@ class Answer:
         content_type = response.headers.get(b"content-type", b"application/json")
         headers = [(b"content-type", content_type)]
         if self._request.is_stream:
-            await self._stream(response, headers, course, counts)
+            await self._stream(response, headers, course, counts, answers)
             return
         answer = course.whole(self._piece, self.decode)
+        answers()
         if answer is None:
             raise self._handed_back()
         await self._out.whole(200, answer, headers)
@@ -96,7 +100,12 @@ class Answer:
             self._response.close()
 
     async def _stream(
-        self, response: UpstreamResponse, headers: Headers, course: Course, counts: PairCounts
+        self,
+        response: UpstreamResponse,
+        headers: Headers,
+        course: Course,
+        counts: PairCounts,
+        answers: Callable[[], None],
     ) -> None:
         clock = asyncio.get_running_loop().time
         course.start(self._worker)
@@ -106,13 +115,19 @@ class Answer:
             self._first_at = first_at
             counts.ttft_s.add(first_at - self._began_at)
             await self._out.begin_events(200, headers)
-        piece, rest = self._piece, b""
+        piece, rest, gaps = self._piece, b"", 0
         while piece:
             if rest or not piece.endswith(b"\n\n"):
                 piece, rest = _whole_events(rest + piece)
             if piece:
                 await self._take(piece, course)
+            if gaps == 1:
+                # Not at the first piece: before vLLM knows of an error, it gives a chat its role.
+                answers()
             piece = await next_piece(self._worker, response)
+            gaps += 1
+        if gaps == 1:
+            answers()
         tokens = course.answer_tokens
         if tokens > 1 and self._first_at is not None:
             counts.tpot_s.add((clock() - self._first_at) / (tokens - 1))

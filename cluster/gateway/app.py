@@ -364,9 +364,10 @@ class Gateway:
             log.debug("snapshot %d taken workers=%d", snapshot.version, len(snapshot.workers))
 
     def _report(self) -> GatewayReport:
-        gate = self._admission
+        gate, snapshot = self._admission, self._fleet.snapshot
+        present = {view.id for view in snapshot.workers}
         report = self._parts.tally.report(
-            self._fleet.snapshot.version, gate.running, gate.queued, gate.refused
+            snapshot.version, gate.running, gate.queued, gate.refused, present
         )
         journal = self._journal
         return replace(

@@ -101,14 +101,16 @@ class Attempt:
         self._has_flowed = False
         self._left: tuple[WorkerId, Why] | None = None
 
-    async def run(self, counts: PairCounts) -> None:
-        """Raises: EngineFailed, KvMismatch, PeerGone: see `ended`; Rejected; NoCapacity."""
+    async def run(self, counts: PairCounts, answers: Callable[[], None]) -> None:
+        """`answers`: told once the engines have begun to answer, beyond doubt.
+
+        Raises: EngineFailed, KvMismatch, PeerGone: see `ended`; Rejected; NoCapacity."""
         fleet, ask, decode = self._parts.fleet, self._ask, self._route.decode.id
         fleet.join(decode, self)
         try:
             await self._begin()
             self._has_flowed = ask.request.is_stream
-            await ask.answer.pass_on(ask.course, counts)
+            await ask.answer.pass_on(ask.course, counts, answers)
         finally:
             self._record.ended_s = ask.now_s()
             fleet.part(decode, self)

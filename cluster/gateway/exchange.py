@@ -10,7 +10,10 @@ drain, an engine that gave the request back.
 from __future__ import annotations
 
 import itertools
+import zlib
 from dataclasses import replace
+
+import orjson
 
 from cluster.errors import EngineFailed, KvMismatch, NoCapacity, PeerGone
 from cluster.gateway import errors, recovery
@@ -23,6 +26,7 @@ from cluster.gateway.recovery import Cause, Ended, Stage, Tries
 from cluster.gateway.render import CannotRender
 from cluster.gateway.requests import GatewayRequest
 from cluster.gateway.route import Facts, Route
+from cluster.gateway.standing import Blame
 from cluster.gateway.story import Story
 from cluster.gateway.wire import Responder
 from cluster.identity import WorkerId
@@ -61,6 +65,7 @@ class Exchange:
         self._tries = Tries(parts.config.prefill_attempts)
         self._revision: str | None = None  # of the model whose words were sent, or are kept
         self._route: Route | None = None  # the present one
+        self._blames: list[Blame] = []  # of failed attempts, until it is known what came of it
 
     async def run(self) -> None:
         """Raises, with nothing or a part of a stream sent: EngineFailed, NoCapacity, Rejected,
@@ -69,6 +74,10 @@ class Exchange:
             await self._run()
         except EngineFailed as failure:
             self._parts.tally.lost(failure.worker, failure.why, self._story.request_id)
+            self._tell_failures(is_proven=False)
+            raise
+        except NoCapacity:
+            self._tell_failures(is_proven=False)
             raise
         finally:
             record = self._story.record
@@ -117,7 +126,7 @@ class Exchange:
             )
             try:
                 with parts.fleet.busy(route.decode.id):
-                    await attempt.run(counts)
+                    await attempt.run(counts, self._is_answered)
             except (EngineFailed, KvMismatch, PeerGone) as error:
                 ended = attempt.ended(error)
                 failure = ended.error
@@ -234,9 +243,23 @@ class Exchange:
         worker = route.prefill.id if is_prefill and route.prefill is not None else route.decode.id
         self._story.left(worker.name, ended)
         is_failure = ended.cause in (Cause.FAILED, Cause.HUNG)
+        found = self._parts.tally.standings.blame(route, ended)
+        if found is not None:
+            self._blames.append(found)
         if is_failure and errors.is_mark(ended.error):
             self._parts.fleet.suspect(worker)
             self._parts.metrics.engine_failures.labels(worker.pool, ended.stage.value).inc()
         if not self._out.is_started:
             why = self._tries.why if ended.cause is Cause.FAILED else ended.cause.value
             self._parts.metrics.retries.labels(why).inc()
+
+    def _is_answered(self) -> None:
+        if self._route is not None:
+            self._parts.tally.standings.answered(self._route)
+        self._tell_failures(is_proven=True)
+
+    def _tell_failures(self, is_proven: bool) -> None:
+        if self._blames:
+            request = zlib.crc32(orjson.dumps(self._request.body))
+            self._parts.tally.standings.failed(self._blames, request, is_proven)
+            self._blames = []

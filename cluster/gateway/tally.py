@@ -9,10 +9,12 @@ gateway.answer; read by gateway.reports.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 
 from cluster.gateway.route import Route
+from cluster.gateway.standing import Standings
+from cluster.identity import WorkerId
 from cluster.traffic import GatewayNote, GatewayReport, PairTraffic, SpreadCounter
 
 NOTES_KEPT = 32
@@ -75,6 +77,7 @@ class Tally:
 
     def __init__(self, gateway: str, wall_s: Callable[[], float]) -> None:
         self.gateway = gateway
+        self.standings = Standings(wall_s)
         self._wall_s = wall_s
         self._pairs: dict[tuple[str, str], PairCounts] = {}
         self._notes: deque[GatewayNote] = deque(maxlen=NOTES_KEPT)
@@ -113,9 +116,14 @@ class Tally:
         self._note("RequestPoisonous", request_id, text, request_id)
 
     def report(
-        self, snapshot_version: int, running: int, queued: int, refused: int
+        self,
+        snapshot_version: int,
+        running: int,
+        queued: int,
+        refused: int,
+        present: Set[WorkerId] = frozenset(),
     ) -> GatewayReport:
-        """All of it, now."""
+        """All of it, now. `present`: the workers that there are."""
         for (worker, cause), alike in self._continued.items():
             text = f"{_answers(alike.count)} went on elsewhere ({cause})"
             self._note("AnswerContinued", worker, text, alike.request_id)
@@ -134,6 +142,7 @@ class Tally:
             recoveries=self._recoveries,
             pairs=self.pairs(),
             notes=tuple(self._notes),
+            standings=self.standings.standings(present),
         )
 
     def _note(self, kind: str, subject: str, text: str, request_id: str) -> None:

@@ -42,7 +42,9 @@ def drain(cluster: str, hosts: Sequence[str], config: dict[str, Any]) -> dict[st
     asked: dict[str, Change] = {}
     for host in in_use & set(hosts):
         try:
-            asked[host] = client.ask(DrainNode(host, GRACE_S), "the host leaves the file")
+            # It leaves whatever that costs: the file says so.
+            leaving = DrainNode(host, GRACE_S, may_end_service=True)
+            asked[host] = client.ask(leaving, "the host leaves the file")
         except ClusterError as error:
             problems[host] = str(error)
     until_s = time.monotonic() + _BOUND_S

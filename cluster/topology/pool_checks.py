@@ -26,6 +26,8 @@ class _Hardware:
     most_per_node: int | None = None
 
 
+_CPU_BLOCK_TOKENS = 32  # vllm/v1/attention/backends/cpu_attn.py, 0.32
+
 # An Atlas 800 A3 has 8 cards of two dies each, and every die is a device; an Atlas 800 A2 has 8.
 _HARDWARE: dict[HardwareName, _Hardware] = {
     "cpu": _Hardware(None),
@@ -48,6 +50,7 @@ def pool_faults(pool: PoolSpec, at: KeyPath) -> Iterator[Finding]:
     yield from _role(pool, at)
     yield from _ranks(pool, at)
     yield from _devices(pool, at)
+    yield from _blocks(pool, at)
     yield from _flags(pool, at)
     yield from _environment(pool, at)
 
@@ -136,6 +139,22 @@ def _devices(pool: PoolSpec, at: KeyPath) -> Iterator[Finding]:
             f"found {asked:g}; one {name} node has {kind.most_per_node}",
             f"write {kind.most_per_node} or less, and more nodes_per_replica",
             rests_on=grounds,
+        )
+
+
+def _blocks(pool: PoolSpec, at: KeyPath) -> Iterator[Finding]:
+    """vLLM's attention on CPUs; a size that it does not take fails only as the engine loads."""
+    size = pool.block_size_tokens
+    is_on_cpu = pool.hardware in (None, "cpu") and not pool.placement.resources.keys() & set(
+        _ACCELERATORS
+    )
+    if pool.engine == "vllm" and is_on_cpu and size is not None and size % _CPU_BLOCK_TOKENS:
+        key = (*at, "block_size_tokens")
+        yield Finding(
+            key,
+            f"found {size}; vLLM on a CPU takes multiples of {_CPU_BLOCK_TOKENS}",
+            f"write {-(-size // _CPU_BLOCK_TOKENS) * _CPU_BLOCK_TOKENS}, or leave it out",
+            rests_on=(key, (*at, "engine"), (*at, "hardware"), (*at, "placement", "resources")),
         )
 
 

@@ -27,9 +27,9 @@ from cluster.errors import InvalidInput, PeerGone
 from cluster.identity import WorkerId, WorkerState
 from cluster.settings import ray_namespace, worker_actor
 from cluster.transfers import TransferRecord
+from cluster.workers import nodes
 from cluster.workers.gang import MeetingPlace, merge
 from cluster.workers.placement import (
-    NodeFacts,
     PlacementRequest,
     explain_unplaceable,
     request_of,
@@ -235,7 +235,7 @@ class _Pending:
 
     def why_unplaced(self) -> str:
         """ "" once it is placed. Blocks on Ray."""
-        return "" if self.is_placed() else explain_unplaceable(self.request, _nodes())
+        return "" if self.is_placed() else explain_unplaceable(self.request, nodes.living())
 
 
 async def spawn(spec: WorkerSpec) -> WorkerHandle:
@@ -378,21 +378,6 @@ def _remove(group: PlacementGroup | None, actors: list[Any]) -> None:
 
 def _group_state(group: PlacementGroup) -> str:
     return str(placement_group_table(group).get("state", "REMOVED"))
-
-
-def _nodes() -> list[NodeFacts]:
-    # Ray has no public call for what is free per node; its own libraries use this one.
-    free = ray._private.state.available_resources_per_node()
-    return [
-        NodeFacts(
-            name=node["NodeManagerAddress"],
-            labels=node.get("Labels", {}),
-            total=node["Resources"],
-            free=free.get(node["NodeID"], {}),
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
 
 
 def _check_namespace(cluster: str) -> None:

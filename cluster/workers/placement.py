@@ -6,7 +6,7 @@ Called by: workers.handle.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.topology.labels import label_matches
@@ -94,6 +94,12 @@ def explain_unplaceable(request: PlacementRequest, nodes: Sequence[NodeFacts]) -
     found = "; ".join(f"on {_names(names)}: {lacks}" for lacks, names in reasons.items())
     fits = f"; fits on {fitting} of {request.nodes}" if request.nodes > 1 else ""
     return f"needs {asked}; {found}{fits}"
+
+
+def could_take(request: PlacementRequest, nodes: Sequence[NodeFacts]) -> bool:
+    """Whether `nodes` would do if nothing were on them."""
+    empty = [replace(node, free=node.total) for node in nodes]
+    return sum(not _lacks(request, node) for node in empty) >= request.nodes
 
 
 def _lacks(request: PlacementRequest, node: NodeFacts) -> str:

@@ -136,6 +136,8 @@ def hosts_up(name: str, shared: Path, count: int) -> Iterator[Hosts]:
             *("up", "--hosts", str(count), "--keep", str(shared)),
             # Engines read the model from the cache that all tests share.
             *("--env", f"XDG_CACHE_HOME={cache_dir().parent}"),
+            # The tree under test, wherever the virtual environment's own install points.
+            *("--env", f"PYTHONPATH={ROOT}"),
         )
         hosts.run(OPERATOR, "ray", "get-auth-token", "--generate")
         yield hosts

@@ -10,6 +10,7 @@ import itertools
 import json
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,54 @@ def gone(up: Rack, worker: str) -> bool | None:
     return up.workers().get(worker, {}).get("state") != "ready" or None
 
 
+def test_hosts_that_cannot_pull_from_prefill_lose_no_request_and_pull_again_by_themselves(
+    up: Rack, crowd: Callable[[], Crowd], undisturbed: list[Told]
+) -> None:
+    # Packets from decode arrive at prefill's host, and nothing comes back: a link cut without a
+    # word. Both hosts and the head still hear each other.
+    cut = ("ip", "route", "add", "blackhole", address(ATLAS))
+    with crowd() as sent:
+        sent.begun()
+        up.hosts.run(H200, *cut)
+        try:
+            with crowd() as later:
+                compare(later, undisturbed)
+            compare(sent, undisturbed)
+        finally:
+            up.hosts.run(H200, *(word.replace("add", "del") for word in cut))
+    healed_s = time.monotonic()
+    print(f"while it was cut: {_routes(later.live)}")
+
+    def pull_again() -> bool | None:
+        """An engine that cannot is replaced by itself; requests go on meanwhile."""
+        with crowd() as sent:
+            told = compare(sent, undisturbed)
+        print(f"{time.monotonic() - healed_s:.0f} s after: {_routes(told)}")
+        are_whole = {one.route for one in told} == {"disaggregated"}
+        both = {one.decode for one in told} == {"decode-atlas/0", "decode-cpu/0"}
+        return (are_whole and both) or None
+
+    try:
+        wait_for(pull_again, 200, "both decode engines pull again")
+    finally:
+        lost = ("WorkerFoundIll", "WorkerRemoved")
+        print([event["text"] for event in up.status()["events"] if event["kind"] in lost])
+        print({name: worker["generation"] for name, worker in up.workers().items()})
+
+    def nothing_pinned() -> bool | None:
+        workers = up.workers().values()
+        pinned = [(w["counters"]["leases_open"], w["load"]["kv_usage"]) for w in workers]
+        return all(pair == (0, 0) for pair in pinned) or None
+
+    wait_for(nothing_pinned, 90, "no block is pinned")
+
+
+def _routes(told: list[Told]) -> str:
+    routes = Counter(f"{one.decode} {one.route}" for one in told)
+    longest_s = max(one.came_s[-1] - one.sent_s for one in told)
+    return f"{dict(routes)}, the longest took {longest_s:.1f} s"
+
+
 def test_a_host_killed_in_mid_traffic_loses_no_request_and_serves_again_once_it_is_back(
     up: Rack, crowd: Callable[[], Crowd], undisturbed: list[Told]
 ) -> None:
@@ -233,12 +282,18 @@ def test_a_host_killed_in_mid_traffic_loses_no_request_and_serves_again_once_it_
         compare(sent, undisturbed)
     print(pauses(sent, broken, killed_s))
     wait_for(lambda: gone(up, "decode-cpu/0"), 60, "its worker is missed")
+
+    def is_silent() -> bool:
+        return address(CPU) in {host["address"] for host in up.status()["silent_hosts"]}
+
+    wait_for(lambda: is_silent() or None, 60, "status shows that the host is silent")
     up.hosts.tool("boot", str(CPU))
 
     def serves() -> bool | None:
         return up.workers().get("decode-cpu/0", {}).get("state") == "ready" or None
 
     wait_for(serves, 150, "the host serves again")
+    assert not is_silent()
     with crowd() as sent:
         told = compare(sent, undisturbed)
     assert {one.decode for one in told} == {"decode-atlas/0", "decode-cpu/0"}

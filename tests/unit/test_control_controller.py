@@ -12,6 +12,7 @@ from control_world import PRINT, World, desired
 from cluster.control.events import (
     DesiredChanged,
     LinkRefused,
+    WorkerFoundIll,
     WorkerMoved,
     WorkerRemoved,
     WorkerUnanswering,
@@ -19,6 +20,7 @@ from cluster.control.events import (
 from cluster.errors import PeerGone
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.snapshot import Load
+from cluster.traffic import Failure, GatewayReport, Standing
 from cluster.transfers import TransferRecord
 
 
@@ -307,3 +309,38 @@ async def test_a_spawn_that_fails_is_tried_again_after_a_pause(world):
     world.workers.spawn = real
     await world.steps(12)
     assert WorkerId("d", 1, 2) in world.workers.alive or WorkerId("d", 1, 3) in world.workers.alive
+
+
+async def test_a_worker_that_fails_what_others_answer_drains_and_its_place_pauses():
+    world = World()
+    await world.controller.step()
+    await world.controller.apply(desired(decode=2))
+    await world.steps(3)
+
+    async def two_rounds(worker: str) -> None:
+        now_s = world.clock.wall_s()
+        failures = tuple(
+            Failure(number, "", now_s - 30.0 + number, now_s - number, True, "500: oh no")
+            for number in range(5)
+        )
+        standings = (Standing(worker, failures=failures), Standing("d/1#1", now_s, now_s))
+        await world.controller.gateway_report(
+            GatewayReport("g", now_s, 1, 0, 0, standings=standings)
+        )
+        await world.steps(2)
+
+    ill = world.workers["d/0#1"]
+    await two_rounds("d/0#1")
+    assert ill.stopped_with_s is not None
+    assert WorkerId("d", 0, 1) not in world.workers.alive
+    (event,) = await world.events(WorkerFoundIll)
+    assert event.subject == "d/0#1"
+    assert event.why.endswith("said last: 500: oh no")
+    (failed,) = (await world.controller.status()).failed
+    assert (failed.worker, failed.failures, failed.why) == ("d/0", 1, event.why)
+    await world.steps(10)
+    assert WorkerId("d", 0, 2) in world.workers.alive
+    # It takes longer to find the next one ill, and its place pauses for longer.
+    await two_rounds("d/0#2")
+    assert [event.failures for event in await world.events(WorkerFoundIll)] == [1, 2]
+    assert [event.restart_in_s for event in await world.events(WorkerRemoved)] == [1.5, 3.5]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pytest
@@ -58,11 +58,13 @@ class Upstream:
         return self._pieces.pop(0) if self._pieces else b""
 
 
-async def failure_of(course: Course, answer: Answer, *pieces: bytes) -> EngineFailed:
+async def failure_of(
+    course: Course, answer: Answer, *pieces: bytes, answers: Callable[[], None] = pytest.fail
+) -> EngineFailed:
     answer._engines = cast(Engines, Upstream(pieces))
     await answer.begin(worker(Role.DECODE), {}, "r.0")
     with pytest.raises(EngineFailed) as failed:
-        await answer.pass_on(course, PairCounts())
+        await answer.pass_on(course, PairCounts(), answers)
     return failed.value
 
 
@@ -89,8 +91,11 @@ async def test_an_error_behind_a_role_is_a_failed_pull_and_behind_a_token_it_is_
     pull = await failure_of(course, answer, *pieces(event(ROLE), ERROR))
     assert pull.status == 500
     assert course.interrupted(decode) == ""
-    later = await failure_of(course, answer, *pieces(event(ROLE), event(TOKEN), ERROR))
+    told: list[str] = []
+    behind = pieces(event(ROLE), event(TOKEN), ERROR)
+    later = await failure_of(course, answer, *behind, answers=lambda: told.append("it answers"))
     assert later.status is None
+    assert told == ([] if in_one_piece else ["it answers"])
     # And so for the engine that goes on with it.
     assert course.interrupted(decode) == ""
     assert course.kept_tokens == 1

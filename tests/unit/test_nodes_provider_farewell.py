@@ -61,7 +61,8 @@ def rack(monkeypatch, tmp_path):
 def test_hosts_with_workers_are_drained_and_others_just_leave(rack):
     client = rack(ChangeState.DONE)
     assert farewell.drain("r", ["10.0.0.11", "10.0.0.13"], CONFIG) == {}
-    assert client.asked == [(DrainNode("10.0.0.11", farewell.GRACE_S), "the host leaves the file")]
+    leaving = DrainNode("10.0.0.11", farewell.GRACE_S, may_end_service=True)
+    assert client.asked == [(leaving, "the host leaves the file")]
     assert (client.access.url, client.access.token) == ("http://10.0.0.10:8001", "secret")
 
 

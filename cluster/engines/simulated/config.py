@@ -61,6 +61,9 @@ class FaultSpec(Spec):
     slow_factor: PositiveFloat = Field(default=1.0, description="Multiplies every model time.")
     refuse_prefill: bool = Field(default=False, description="503 to prefill for a peer.")
     fail_next: NonNegativeInt = Field(default=0, description="500 to the next K generations.")
+    fail_above_tokens: PositiveInt | None = Field(
+        default=None, description="500 to prompts of more tokens than this."
+    )
     fail_transfers: bool = Field(default=False, description="Gives and takes no blocks.")
     mute_metaserver: bool = Field(
         default=False, description="Decode tells no metaserver where it wants blocks."

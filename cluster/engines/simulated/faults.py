@@ -81,8 +81,11 @@ class Faults:
             else:
                 event.set()
 
-    def take_failure(self) -> bool:
-        """Whether this generation is one of the next K that answer 500."""
+    def take_failure(self, prompts: Sequence[Sequence[int]]) -> bool:
+        """Whether this generation is one of the next K that answer 500, or is too long for it."""
+        most = self.spec.fail_above_tokens
+        if most is not None and any(len(ids) > most for ids in prompts):
+            return True
         if not self.spec.fail_next:
             return False
         self.spec = self.spec.model_copy(update={"fail_next": self.spec.fail_next - 1})

@@ -125,7 +125,7 @@ class Server:
         faults, handover = self._engine.faults, self._engine.handover
         if handover.lacks_room(ask.kv_params):
             return error_answer("a disaggregated engine needs a bootstrap room id", 400)
-        if faults.take_failure():
+        if faults.take_failure(ask.prompts):
             return error_answer("simulated server error", 500)
         if faults.spec.refuse_prefill and handover.prefills_for_peer(ask.kv_params):
             return error_answer("simulated refusal of prefill", 503)

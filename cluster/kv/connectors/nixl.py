@@ -85,13 +85,10 @@ class _RecordingPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         """End these requests' leases at the next reaping, which follows in the same step."""
         self._sends.release_asked(id_ for id_ in request_ids if id_ in self._reqs_to_send)
 
-    def _pop_done_transfers(self, transfers: Any) -> Any:
-        ended = super()._pop_done_transfers(transfers)
-        if transfers:
-            self._silence.look()
-        return ended
-
     def _get_new_notifs(self) -> set[str]:
+        # On both sides: prefill, too, must learn that its way to a peer is dead, or it answers the
+        # peer's next connection on the old one.
+        self._silence.look()
         taken: set[str] = super()._get_new_notifs()
         self._sends.taken(taken)
         return taken

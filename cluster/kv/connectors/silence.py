@@ -27,7 +27,7 @@ class SilenceBound:
         self._next_look_s = 0.0
 
     def look(self) -> None:
-        """To be called while something waits for a peer. Never raises."""
+        """To be called as the engine steps. Never raises."""
         now_s = time.monotonic()
         if now_s >= self._next_look_s:
             self._next_look_s = now_s + _LOOK_EVERY_S

@@ -12,6 +12,7 @@ from ray_nodes import ray_of, simulated_worker
 from cluster.identity import WorkerState
 from cluster.topology.schema import PlacementSpec
 from cluster.workers import handle
+from cluster.workers.nodes import look
 
 pytestmark = pytest.mark.integration
 
@@ -19,10 +20,15 @@ NAME = f"nodes-{os.getpid()}"
 
 
 @pytest.fixture(scope="module")
-def nodes():
+def racked():
+    with ray_of(NAME, [{"num_cpus": 2}, {"num_cpus": 2}]) as racked:
+        yield racked
+
+
+@pytest.fixture(scope="module")
+def nodes(racked):
     """The ids of the two nodes."""
-    with ray_of(NAME, [{"num_cpus": 2}, {"num_cpus": 2}]):
-        yield [node["NodeID"] for node in ray.nodes()]
+    return [node["NodeID"] for node in ray.nodes()]
 
 
 def spec(index, avoided=(), **pool):
@@ -96,3 +102,18 @@ async def test_a_replica_over_nodes_names_them_all_and_is_quiet_as_one(nodes):
         assert (await replica.report()).state is WorkerState.READY
     finally:
         await handle.remove(NAME, gang.id)
+
+
+async def test_a_node_that_is_killed_is_told_from_those_that_live(racked, nodes):
+    before = await look()
+    assert {node.id for node in before if node.is_alive} == set(nodes)
+    assert [node.silence for node in before] == ["", ""]
+    (victim,) = racked.worker_nodes
+    racked.remove_node(victim, allow_graceful=False)
+    deadline_s = time.monotonic() + 60
+    while all(node.is_alive for node in await look()):
+        assert time.monotonic() < deadline_s, "Ray never missed it"
+        await asyncio.sleep(0.5)
+    (dead,) = [node for node in await look() if not node.is_alive]
+    assert dead.id in nodes
+    assert dead.silence
