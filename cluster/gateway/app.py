@@ -245,7 +245,7 @@ class Gateway:
             request = requests.parse(endpoint, raw, self._config.model)
             began_at = asyncio.get_running_loop().time()
             record.is_stream, record.read_s = request.is_stream, story.now_s()
-            cutoff.watch_client(call.receive)
+            cutoff.watch_client(call.receive, lambda: call.responder.has_all)
             async with self._admission.place():
                 record.placed_s = story.now_s()
                 await Exchange(

@@ -7,6 +7,7 @@ which closes its connections to the engines, which makes the engines stop workin
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 
 from cluster.gateway.wire import ClientGone, Receive
@@ -26,7 +27,7 @@ class Cutoff:
     `deadline_at` is in the loop's clock. Raises on exit: DeadlinePassed, ClientGone.
     A cancellation from anywhere else goes through."""
 
-    __slots__ = ("_deadline_at", "_later", "_task", "_timer", "_watch", "_why")
+    __slots__ = ("_deadline_at", "_has_all", "_later", "_task", "_timer", "_watch", "_why")
 
     def __init__(self, deadline_at: float) -> None:
         self._deadline_at = deadline_at
@@ -42,9 +43,11 @@ class Cutoff:
         self._timer = loop.call_at(self._deadline_at, self._cut, DeadlinePassed)
         return self
 
-    def watch_client(self, receive: Receive) -> None:
+    def watch_client(self, receive: Receive, has_all: Callable[[], bool] = lambda: False) -> None:
         """To be called once the request's body is read: from then on the only thing `receive` can
-        still tell is that the client is gone. It is looked for 20 ms from now, then at once."""
+        still tell is that the client is gone. It is looked for 20 ms from now, then at once.
+        `has_all`: whether the client has its answer; then it may leave, and nothing is cut."""
+        self._has_all = has_all
         self._later = asyncio.get_running_loop().call_later(
             _WATCH_AFTER_S, self._start_watching, receive
         )
@@ -75,7 +78,8 @@ class Cutoff:
     async def _watch_client(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._cut(ClientGone)
+        if not self._has_all():
+            self._cut(ClientGone)
 
     def _cut(self, why: type[ClientGone | DeadlinePassed]) -> None:
         if self._why is None:

@@ -17,6 +17,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+_DONE = b"data: [DONE]\n\n"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,96}")
 # A refused body is read and thrown away for this long, so that a client that sends all before it
 # reads sees our answer and not a reset connection.
@@ -98,6 +99,7 @@ class Responder:
     __slots__ = (
         "_is_events",
         "_send",
+        "has_all",
         "headers",
         "is_finished",
         "request_id",
@@ -113,6 +115,9 @@ class Responder:
         self.route_headers: Headers = []  # which workers; set once they are chosen
         self.status = 0  # 0: nothing was sent yet
         self.is_finished = False
+        # Everything that a client reads was sent. OpenAI's closes the connection at [DONE], before
+        # the engine, and so we, have ended the stream.
+        self.has_all = False
 
     @property
     def is_started(self) -> bool:
@@ -153,6 +158,7 @@ class Responder:
         )
 
     async def piece(self, body: bytes) -> None:
+        self.has_all = body.endswith(_DONE)
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def end(self, body: bytes = b"") -> None:

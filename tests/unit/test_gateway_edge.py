@@ -14,7 +14,7 @@ from cluster.gateway.auth import Authenticator, hash_key, key_hashes
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.cutoff import Cutoff, DeadlinePassed
 from cluster.gateway.errors import ApiError
-from cluster.gateway.wire import ClientGone, RequestIds, Responder, read_body
+from cluster.gateway.wire import ClientGone, Message, RequestIds, Responder, read_body
 from cluster.topology.schema import AuthSpec, LimitsSpec
 
 
@@ -153,6 +153,23 @@ async def test_cutoff_ends_the_work_when_time_is_up_or_the_client_leaves():
         await work()
     async with Cutoff(loop.time() + 10) as cutoff:
         cutoff.watch_client(never)
+
+
+async def test_a_client_that_has_its_whole_answer_may_leave_and_the_request_ends_by_itself():
+    async def leaves() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(_message: Message) -> None:
+        pass
+
+    responder = Responder(send, "r")
+    await responder.begin_events(200, [])
+    await responder.piece(b'data: {"choices": []}\n\n')
+    assert not responder.has_all
+    await responder.piece(b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+    async with Cutoff(asyncio.get_running_loop().time() + 10) as cutoff:
+        cutoff.watch_client(leaves, lambda: responder.has_all)
+        await asyncio.sleep(0.1)
 
 
 async def test_cutoff_lets_a_foreign_cancellation_through():
