@@ -129,7 +129,7 @@ class WatchedCluster:
     async def status(self):
         recorded = self.log.last(100)
         return cluster_status(
-            "rack-1", self.wanted, 7, self.clock.wall_s() - 5000.0, self.reports(), (), recorded
+            "rack-1", self.wanted, 7, self.clock.wall_s() - 5000.0, self.reports(), (), recorded, ()
         )
 
     async def live(self, since, events_after):

@@ -149,10 +149,12 @@ def verify(
     else:
         _draw_checked(url, checked, failed)
     if failed:
-        raise ClusterError(
+        output.err.print(
             f"{len(failed)} of {len(checked)} queries have no data in the last {window}; "
-            "--allow-empty names what may be empty"
+            "--allow-empty names what may be empty",
+            markup=False,
         )
+        raise typer.Exit(1)
 
 
 def prometheus_config(
