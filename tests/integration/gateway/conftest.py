@@ -224,7 +224,7 @@ def engines_in(folder: Path, model_path: str) -> Iterator[StartEngine]:
 
 
 def _address(engine: Engine) -> str:
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 90
     while True:
         text = engine.log.read_text(errors="replace")
         if " serves " in text:
@@ -342,7 +342,7 @@ def start_gateway(model_path: str) -> StartGateway:
 
 
 async def eventually_ready(gateway: Gateway) -> None:
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while True:
         async with gateway.session.get("/ready") as response:
             if response.status == 200:
@@ -351,7 +351,7 @@ async def eventually_ready(gateway: Gateway) -> None:
         await asyncio.sleep(0.02)
 
 
-async def eventually(question: Callable[[], Any], within_s: float = 10.0) -> None:
+async def eventually(question: Callable[[], Any], within_s: float = 60.0) -> None:
     """Wait until the (async) question is answered with true; fail if it never is."""
     deadline_s = time.monotonic() + within_s
     while not await question():

@@ -134,7 +134,7 @@ async def test_without_workers_the_answer_is_at_once_and_service_returns_by_itse
         # The snapshot still shows it; then it does not.
         for workers in ((tools.view(prefill), tools.view(decode)), (tools.view(prefill),), ()):
             gateway.publish(*workers)
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(10):
                 status, headers, answer = await gateway.post(CHAT, body(CHAT))
             assert (status, answer["error"]["code"]) == (503, "no_worker_available")
             assert int(headers["retry-after"]) >= 1
