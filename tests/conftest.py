@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
+from hypothesis import settings
+
+TESTS = Path(__file__).parent
+# By what is asked for with -m: folders in which no test is of that kind, as unit/test_repo_rules.py
+# sees to. Importing all tests takes each process 4.7 s of CPU, those of real engines alone 1.5 s.
+_WITHOUT = {
+    "not e2e": ("e2e",),
+    "slow": ("unit", "e2e"),
+    "e2e and not slow": ("unit", "integration"),
+}
+
+# Where PYTHONDONTWRITEBYTECODE is set, each process that a test starts compiles the package anew
+# (up to 0.4 s of CPU), and each process of pytest also rewrites every test's assertions (6 s).
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# How often a property is tried; CONTRIBUTING.md, "Tests". The ordinary run tries the same examples
+# each time, so that what it says depends on the change alone; the thorough one looks for new ones.
+settings.register_profile("ordinary", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=1000, deadline=None)
+settings.load_profile(os.environ.get("PDCLUSTER_TEST_PROFILE", "ordinary"))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -10,3 +35,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     so three processes share them, file by file. Real engines fill the machine by themselves and
     share one cluster per session: one process."""
     return 3 if (config.option.markexpr or "") in ("not e2e", "slow") else 0
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    ignored = _WITHOUT.get(config.option.markexpr or "", ())
+    return True if collection_path in [TESTS / name for name in ignored] else None

@@ -11,7 +11,7 @@ import aiohttp
 KEY = {"Authorization": "Bearer worker-test-secret"}
 
 
-async def reaches(worker, *states, within_s=20.0):
+async def reaches(worker, *states, within_s=60.0):
     """The first report in one of these states."""
     deadline_s = time.monotonic() + within_s
     while (report := await worker.report()).state not in states:

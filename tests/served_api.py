@@ -36,7 +36,7 @@ class Served:
             self.loop.run_until_complete(self.task)
         self.loop.close()
 
-    def wait_until(self, is_so, within_s=10.0):
+    def wait_until(self, is_so, within_s=60.0):
         deadline_s = time.monotonic() + within_s
         while not is_so():
             assert time.monotonic() < deadline_s, self.server.problem

@@ -40,6 +40,6 @@ def pair(
         Role.DECODE: {"simulated": TIMINGS, "speculative": {"num_speculative_tokens": 4}},
     }
     with running_pair(
-        "simulated", request.param, model, path, folder, pools, 10.0, CAPACITY_TOKENS
+        "simulated", request.param, model, path, folder, pools, 60.0, CAPACITY_TOKENS
     ) as running:
         yield running

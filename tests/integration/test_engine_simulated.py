@@ -67,7 +67,7 @@ def engine(
 @contextlib.asynccontextmanager
 async def ready(*engines: Engine):
     for one in engines:
-        await wait_ready(one, "simulated", 10)
+        await wait_ready(one, "simulated", 60)
     async with session() as opened:
         yield [Caller(one, opened) for one in engines]
 
@@ -90,20 +90,20 @@ async def test_engine_does_not_answer_before_it_has_loaded(tmp_path: Path):
         began_s = time.monotonic()
         async with session() as opened:
             assert not await EngineClient(one.url, KEY, opened).is_up()
-        await wait_ready(one, "simulated", 10)
+        await wait_ready(one, "simulated", 60)
         assert time.monotonic() - began_s > 1.0
 
 
 async def test_failed_start_ends_with_its_reason_and_code_1(tmp_path: Path):
     faults = {"start_failure": "out of simulated memory"}
     with engine(tmp_path, engine_args={"faults": faults}) as one:
-        assert await asyncio.to_thread(one.process.wait, 10) == 1
+        assert await asyncio.to_thread(one.process.wait, 60) == 1
         assert one.last_words().strip().endswith("out of simulated memory")
 
 
 async def test_cache_smaller_than_the_context_is_refused_at_start(tmp_path: Path):
     with engine(tmp_path, timings={**QUICK, "kv_capacity_tokens": 1024}) as one:
-        assert await asyncio.to_thread(one.process.wait, 10) == 1
+        assert await asyncio.to_thread(one.process.wait, 60) == 1
         assert "max_model_len_tokens" in one.last_words()
 
 
@@ -125,7 +125,7 @@ async def test_crash_comes_before_the_stated_token_and_breaks_the_stream(tmp_pat
             assert isinstance(broken, aiohttp.ClientPayloadError)
             assert got.count(b"data: {") == 5
             assert b"[DONE]" not in got
-            assert await asyncio.to_thread(one.process.wait, 5) == CRASH_EXIT_CODE
+            assert await asyncio.to_thread(one.process.wait, 60) == CRASH_EXIT_CODE
 
 
 async def test_hung_engine_answers_health_and_holds_work_until_it_moves_again(tmp_path: Path):
@@ -385,7 +385,7 @@ async def test_terminated_engine_ends_at_once_with_code_0_and_open_streams(tmp_p
             asked = asyncio.create_task(caller.post("/v1/completions", completion(max_tokens=1)))
             assert await eventually(lambda: _running(one, 1))
             one.process.terminate()
-            assert await asyncio.to_thread(one.process.wait, 5) == 0
+            assert await asyncio.to_thread(one.process.wait, 60) == 0
             with pytest.raises(aiohttp.ClientError):
                 await asked
 

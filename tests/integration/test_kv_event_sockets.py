@@ -95,7 +95,7 @@ def stored(token: int) -> BlockStored:
 
 
 async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not what():  # noqa: ASYNC110 what a background task does to the index has no event
             await asyncio.sleep(0.01)
 
@@ -146,7 +146,7 @@ async def test_a_batch_that_is_lost_for_good_costs_what_was_known(
             engine.say(stored(token))
             await asyncio.sleep(0.02)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await say_until_heard(1)
     engine.say(BlockRemoved([1]), lose=True)
     engine.say(stored(2))
@@ -182,7 +182,7 @@ async def test_a_new_generation_at_the_same_address_starts_with_its_own_past(
 async def test_numbers_that_begin_again_end_the_old_generation(engine, following) -> None:
     index, events = following
     events.observe(snapshot(engine))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while index.held_tokens(W, [1]) != 1 or engine._number < 3:
             engine.say(stored(1))
             await asyncio.sleep(0.02)

@@ -59,7 +59,7 @@ def test_a_clusters_processes_end_and_nobody_elses(cluster: str) -> None:
     ):
         done = end_cluster(cluster)
         assert (done.ended, done.left) == (2, ())
-        assert ray.wait(5) == engine.wait(5) == -signal.SIGKILL
+        assert ray.wait(30) == engine.wait(30) == -signal.SIGKILL
         assert namesake.poll() is None
         assert other_ray.poll() is None
         assert end_cluster(cluster).ended == 0
@@ -72,7 +72,10 @@ def test_what_hides_its_mark_ends_by_descent(cluster: str) -> None:
         assert process.stdout is not None
         child = tree.read_process(int(process.stdout.readline()))
         assert child is not None
-        assert child.pid not in {found.pid for found in tree.marked(f"{cluster}@hosts/")}
+        deadline_s = time.monotonic() + 60
+        while child.pid in {found.pid for found in tree.marked(f"{cluster}@hosts/")}:
+            assert time.monotonic() < deadline_s  # `env` has long become `sleep`
+            time.sleep(0.02)
         assert not end_cluster(cluster).left
         now = tree.read_process(child.pid)
         assert now is None or now.start_ticks != child.start_ticks or now.state == "Z"
@@ -97,7 +100,7 @@ def test_an_orphan_of_rays_ends_by_the_session_it_logs_to(cluster: str, tmp_path
         while any(b"ray::" not in _cmdline(agent.pid) for agent in agents):
             time.sleep(0.01)
         assert end_cluster(cluster).ended == 1
-        assert agents[0].wait(5) == -signal.SIGKILL
+        assert agents[0].wait(30) == -signal.SIGKILL
         assert agents[1].poll() is None
         assert not notes.exists()
     finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import Fault, TopologyError
@@ -368,7 +368,6 @@ RAY_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     base=st.sampled_from([LOCAL, RACK, AWS]),
     change=st.dictionaries(

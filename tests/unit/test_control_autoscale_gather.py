@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scaled_cluster import desired, report, spread
 
@@ -323,7 +323,6 @@ moments = st.tuples(
 
 
 @given(st.lists(moments, min_size=1, max_size=6), st.floats(0, 40))
-@settings(max_examples=150, deadline=None)
 def test_whatever_is_reported_signals_are_made_and_decisions_keep_the_bounds(told, gap_s):
     samples = [
         sample(gap_s * number, STATE, reports, heard)

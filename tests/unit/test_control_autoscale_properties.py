@@ -147,7 +147,6 @@ def counts_after(given_signals: Signals, decision: Decision) -> dict[str, tuple[
     return {name: (serving[name], members[name], ready[name]) for name in serving}
 
 
-@settings(max_examples=150, deadline=None)
 @given(clusters(), st.sampled_from([0.0, 60.0, 400.0]))
 def test_no_pool_leaves_its_bounds_or_loses_its_last_ready_worker(given_signals, for_s):
     decision = settle(given_signals, for_s=for_s)
@@ -161,7 +160,6 @@ def test_no_pool_leaves_its_bounds_or_loses_its_last_ready_worker(given_signals,
         assert ready >= min(1, before[pool.name][2])
 
 
-@settings(max_examples=150, deadline=None)
 @given(clusters(), st.sampled_from([60.0, 400.0]))
 def test_a_side_that_is_short_never_loses_and_one_with_enough_never_gains(given_signals, for_s):
     decision = settle(given_signals, for_s=for_s)
@@ -194,7 +192,6 @@ def test_the_clusters_drawn_here_call_for_actions_of_every_kind():
     assert kinds == {ScaleUp, ScaleDown, ChangeRole}
 
 
-@settings(max_examples=60, deadline=None)
 @given(clusters(), st.floats(0, 1e6))
 def test_the_same_signals_give_the_same_decision(given_signals, now_s):
     once = decide(POLICY, given_signals, PolicyState(), now_s)
@@ -204,7 +201,6 @@ def test_the_same_signals_give_the_same_decision(given_signals, now_s):
     )
 
 
-@settings(max_examples=60, deadline=None)
 @given(clusters())
 def test_every_action_says_why_in_numbers_and_every_pool_has_a_verdict(given_signals):
     decision = settle(given_signals, for_s=400.0)
@@ -214,7 +210,6 @@ def test_every_action_says_why_in_numbers_and_every_pool_has_a_verdict(given_sig
     assert all(verdict.why for verdict in decision.verdicts)
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.one_of(PREFILL_LOADS, DECODE_LOADS),
     st.tuples(positive(20), positive(0.5), st.floats(50, 99.5)),
@@ -248,7 +243,7 @@ WORLDS = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(WORLDS, st.integers(1, 8), st.integers(1, 8))
 def test_a_steady_load_comes_to_rest_and_stays_there(world, prefill, decode):
     world.start("prefill", min(max(prefill, world.bounds[0]), world.bounds[1]))
@@ -261,7 +256,7 @@ def test_a_steady_load_comes_to_rest_and_stays_there(world, prefill, decode):
     assert world.actions[settled:] == []
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(WORLDS, st.integers(0, 2**32))
 def test_measurements_that_shake_by_a_few_per_cent_move_nothing_to_and_fro(world, seed):
     """Replicas may still end, once no peak of the noise has asked for them long enough; and where
@@ -284,7 +279,7 @@ def test_measurements_that_shake_by_a_few_per_cent_move_nothing_to_and_fro(world
         assert not gains or own == gains, own
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(WORLDS, st.integers(2, 16))
 def test_late_answers_that_no_number_mends_buy_a_bounded_number_once(world, prefill):
     world.ttft_s, world.ttft_needs = 9.0, 99
@@ -299,7 +294,7 @@ def test_late_answers_that_no_number_mends_buy_a_bounded_number_once(world, pref
     assert world.state.of("prefill").correction <= 1.5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(
     per_s=st.floats(0.5, 40),
     own_s=st.floats(0.05, 1.0),

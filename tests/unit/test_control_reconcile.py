@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.control.reconcile import (
@@ -302,7 +302,6 @@ def test_as_many_slots_are_wanted_as_replicas_and_the_kept_ones_first(pool, kept
     assert all(index in indices for index in range(min(indices - kept, default=0)) if index in kept)
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     st.integers(1, 5),
     st.booleans(),

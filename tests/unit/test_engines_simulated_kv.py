@@ -121,7 +121,7 @@ class CacheLife(RuleBasedStateMachine):
 
 
 TestCacheLife = CacheLife.TestCase
-TestCacheLife.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestCacheLife.settings = settings(stateful_step_count=30)
 
 
 def test_growth_may_pass_the_capacity():

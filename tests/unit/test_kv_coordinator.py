@@ -467,5 +467,5 @@ class AnyOrder(RuleBasedStateMachine):
             assert runs or now_s < transfer.granted_at_s + transfer.lease_s
 
 
-AnyOrder.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+AnyOrder.TestCase.settings = settings(stateful_step_count=30)
 TestAnyOrder = AnyOrder.TestCase

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.identity import WorkerId
@@ -189,7 +189,6 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(ACTIONS, PROMPTS)
 def test_it_equals_a_naive_model_and_never_claims_more(
     actions: list[tuple[str, WorkerId, list[int]]], prompt: list[int]

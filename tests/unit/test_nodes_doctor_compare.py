@@ -19,7 +19,7 @@ from doctor_facts import (
     rack,
     sound,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.nodes.doctor.compare import HERE, Versions, compare
@@ -192,7 +192,6 @@ def test_a_report_shows_what_each_host_has():
     }
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.sets(st.sampled_from([p.address for p in RACK.hosts])), st.floats(-1e6, 1e6))
 def test_hosts_that_told_nothing_keep_nobody_from_comparing(silent, offset_s):
     seen = examination(RACK)

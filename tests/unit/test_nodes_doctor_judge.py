@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from doctor_facts import GIB, GPU_1, HEAD, NPU_1, NPU_POOL, plan_of, rack, ray_half, sound
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.nodes.doctor.expect import Container
@@ -291,7 +291,6 @@ def odd_facts(draw: st.DrawFn) -> Any:
     return bent(SOUND)
 
 
-@settings(max_examples=300, deadline=None)
 @given(told=odd_facts() | JSON, plan=st.sampled_from(RACK.hosts))
 def test_no_facts_however_odd_keep_the_doctor_from_judging(told, plan):
     for finding in judge(plan, Facts.of(told), "rack"):

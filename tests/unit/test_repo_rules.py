@@ -107,3 +107,15 @@ def test_setup_with_a_wrong_interpreter_says_which_variable(tmp_path):
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_name_no_package_index(path):
     assert not re.search(r"https?://(?!127\.0\.0\.1|localhost)", path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"),
+    [("unit", [set()]), ("integration", [set(), {"e2e", "slow"}]), ("e2e", [{"e2e"}])],
+)
+def test_no_test_is_marked_as_what_is_not_looked_for_in_its_folder(folder, allowed):
+    """tests/conftest.py leaves out whole folders: such a test would never run."""
+    for path in (ROOT / "tests" / folder).rglob("test_*.py"):
+        marks = re.findall(r"(@?)pytest\.mark\.(e2e|slow)\b", path.read_text())
+        assert not any(at for at, _ in marks), f"{path}: mark the whole file, with pytestmark"
+        assert {mark for _, mark in marks} in allowed, path

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from topology_text import BASE, DECODE, GATEWAY, PREFILL
 
@@ -241,7 +241,6 @@ YAML_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(serving=st.dictionaries(st.sampled_from(["model", "pools", "islands", "links", "gateway"])
                                | st.text(max_size=8), YAML_VALUES, max_size=6))  # fmt: skip
 def test_any_mapping_at_all_is_loaded_or_refused_with_faults(
@@ -260,7 +259,6 @@ def test_any_mapping_at_all_is_loaded_or_refused_with_faults(
         assert all(fault.found and fault.fix and fault.line >= 1 for fault in refused.faults)
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     data=st.binary(max_size=60)
     | st.text("ab:{}[]&*!?|>-#%'\"\t\n ,<1.", max_size=40).map(str.encode)
@@ -290,7 +288,6 @@ NEARLY_GOOD_POOL = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     pools=st.lists(NEARLY_GOOD_POOL, min_size=1, max_size=4),
     islands=st.lists(

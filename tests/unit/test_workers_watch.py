@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jumping_loop import run_jumping
 
@@ -92,7 +92,6 @@ async def hung_at(engine, hung_after_s, until_s):
 MOMENTS = st.tuples(st.sampled_from([1.5, 10.0, 60.0]), st.floats(0.0, 0.5), st.floats(5.0, 200.0))
 
 
-@settings(deadline=None, max_examples=50)
 @given(MOMENTS, st.booleans(), st.booleans())
 def test_an_engine_that_stops_is_hung_within_the_stated_bound(moment, is_busy, fails_at_once):
     hung_after_s, answer_s, after_s = moment
@@ -115,7 +114,6 @@ def test_an_engine_that_stops_is_hung_within_the_stated_bound(moment, is_busy, f
     assert took_s <= health.detection_bound_s(hung_after_s) + answer_s
 
 
-@settings(deadline=None, max_examples=50)
 @given(MOMENTS, st.booleans(), st.booleans())
 def test_a_core_that_stops_behind_a_server_that_answers_is_found_too(
     moment, is_busy, fails_at_once
@@ -139,7 +137,6 @@ def test_a_core_that_stops_behind_a_server_that_answers_is_found_too(
     assert run_jumping(found()) <= bound_s(hung_after_s) + answer_s
 
 
-@settings(deadline=None, max_examples=30)
 @given(st.sampled_from([1.5, 10.0, 60.0]), st.floats(0.1, 1.0))
 def test_a_slow_engine_whose_queue_no_probe_gets_through_is_never_hung(hung_after_s, part):
     async def found():

@@ -7,6 +7,7 @@ in any order, and the next test that asks for it starts it.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ import pytest
 import yaml
 from ports import free_port
 
+from cluster.cli.main import run
 from cluster.launcher.running import short_runtime
 from cluster.settings import OWNER_ENV, ClusterPaths
 
@@ -63,7 +65,7 @@ class Home:
             start_new_session=True,
         )
 
-    def run(self, *args: str, exit_code: int = 0, within_s: float = 100) -> Done:
+    def run(self, *args: str, exit_code: int = 0, within_s: float = 200) -> Done:
         process = self.start(*args)
         try:
             stdout, stderr = process.communicate(timeout=within_s)
@@ -146,7 +148,16 @@ class Cluster:
     up: Done
 
     def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.home.json("status", "--cluster", self.name)
+        """What `status --json` prints, run in this process: tests look often, and a process for
+        each look takes 0.7 s of CPU."""
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+            for name in os.environ.keys() - self.home.env.keys():
+                patch.delenv(name)
+            for name, value in self.home.env.items():
+                patch.setenv(name, value)
+            assert run(["status", "--cluster", self.name, "--json"]) == 0
+        found: dict[str, Any] = json.loads(said.getvalue())
         return found
 
     def worker(self, name: str) -> dict[str, Any]:
@@ -156,7 +167,7 @@ class Cluster:
                 return found
         raise AssertionError(f"no worker {name}")
 
-    def wait_for(self, is_so: Callable[[dict[str, Any]], bool], within_s: float = 40) -> Any:
+    def wait_for(self, is_so: Callable[[dict[str, Any]], bool], within_s: float = 120) -> Any:
         deadline_s = time.monotonic() + within_s
         while time.monotonic() < deadline_s:
             status = self.status()

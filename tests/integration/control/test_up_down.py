@@ -24,11 +24,11 @@ def key_of(cluster):
     return (cluster.home.state(cluster.name) / "api-key").read_text().strip()
 
 
-def wait_until(is_so, within_s=30.0):
+def wait_until(is_so, within_s=120.0):
     deadline_s = time.monotonic() + within_s
     while not is_so():
         assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 def test_up_prints_the_endpoint_and_a_line_to_paste_that_works(cluster):
@@ -81,7 +81,7 @@ def test_chat_goes_through_both_workers_and_its_transfer_can_be_seen(cluster):
     def records():
         return cluster.home.json("transfers", answer["request_id"], "--cluster", cluster.name)
 
-    wait_until(lambda: any(r["side"] == "decode" for r in records()), 10)
+    wait_until(lambda: any(r["side"] == "decode" for r in records()))
     (pulled,) = [r for r in records() if r["side"] == "decode"]
     assert pulled["tokens_pulled"] > 0
     assert pulled["bytes_pulled"] > 0
@@ -100,10 +100,10 @@ def test_a_conversation_goes_on_after_ctrl_c_ended_an_answer(cluster):
     talk.send_signal(signal.SIGINT)
     talk.stdin.write("\n")  # nothing said: it asks again
     talk.stdin.close()
-    assert talk.wait(10) == 0
+    assert talk.wait(60) == 0
     assert "> > " in talk.stdout.read()
     # The engines stopped, too.
-    cluster.wait_for(lambda s: all(w["load"]["running"] == 0 for w in s["workers"]), 10)
+    cluster.wait_for(lambda s: all(w["load"]["running"] == 0 for w in s["workers"]))
 
 
 def test_logs_show_the_engines_own_words(cluster):
@@ -112,7 +112,7 @@ def test_logs_show_the_engines_own_words(cluster):
     assert following.stdout is not None
     assert "simulated engine" in following.stdout.readline()
     following.send_signal(signal.SIGINT)
-    assert following.wait(10) == 130
+    assert following.wait(60) == 130
     wrong = cluster.home.run("logs", "decode", exit_code=2)
     assert "write POOL/INDEX" in wrong.stderr
 
@@ -190,12 +190,12 @@ def test_commands_on_another_machine_need_an_address_and_the_token(cluster, tmp_
     assert status["endpoint"] == addresses["PDCLUSTER_ENDPOINT_URL"]
     answer = far.json("chat", " ".join(f"far{n}" for n in range(60)), "--max-tokens", "4")
     assert answer["decode"] == "decode/0"
-    wait_until(lambda: far.json("transfers", answer["request_id"]), 10)
+    wait_until(lambda: far.json("transfers", answer["request_id"]))
     assert "simulated engine" in far.run("logs", "decode/0").stdout
     following = far.start("logs", "decode/0", "-f", "-n", "1")
     assert "simulated engine" in following.stdout.readline()
     following.send_signal(signal.SIGINT)
-    assert following.wait(10) == 130
+    assert following.wait(60) == 130
 
     wrong = replace(far, extra_env=addresses | {"PDCLUSTER_CONTROL_TOKEN": "wrong"})
     refused = wrong.run("status", exit_code=1)
@@ -212,29 +212,35 @@ def test_a_second_up_at_the_same_time_names_the_first(cluster, monkeypatch):
             assert f"pid {os.getpid()}" in refused.stderr
 
 
-def listening_addresses(pids):
-    """Local addresses on which these processes listen, from the kernel's own list."""
-    inodes = set()
-    for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").iterdir():
+def sockets_of(processes):
+    """The kernel's numbers of these processes' sockets; none is given out twice."""
+    sockets = set()
+    for process in processes:
+        for link in Path(f"/proc/{process.pid}/fd").iterdir():
             try:
                 target = os.readlink(link)
             except OSError:
                 continue
             if target.startswith("socket:["):
-                inodes.add(target[8:-1])
+                sockets.add(target[8:-1])
+    return sockets
+
+
+def listening(sockets):
+    """(4 or 6, ADDRESS:PORT) of those of these sockets that listen, whoever has them by now."""
     found = set()
     for table, family in (("tcp", 4), ("tcp6", 6), ("udp", 4), ("udp6", 6)):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             is_open = fields[3] == ("0A" if table.startswith("tcp") else "07")
-            if is_open and fields[9] in inodes:
-                found.add((family, fields[1].split(":")[0]))
+            if is_open and fields[9] in sockets:
+                found.add((family, fields[1]))
     return found
 
 
 def test_nothing_listens_beyond_loopback(cluster):
-    found = listening_addresses(p.pid for p in cluster.home.processes(cluster.name))
+    sockets = sockets_of(cluster.home.processes(cluster.name))
+    found = {(family, place.split(":")[0]) for family, place in listening(sockets)}
     assert found
     loopback = {(4, "0100007F"), (6, "0000000000000000FFFF00000100007F"), (6, "0" * 31 + "1")}
     loopback.add((6, "00000000000000000000000001000000"))
@@ -328,7 +334,7 @@ def test_ctrl_c_during_up_leaves_nothing(home, stage):
         second = home.run("up", str(topology), exit_code=1)
         assert f"pid {first.pid}" in second.stderr
     first.send_signal(signal.SIGINT)
-    first.communicate(timeout=40)
+    first.communicate(timeout=120)
     assert first.returncode == 130
     assert home.leftovers(name) == []
 
@@ -345,21 +351,13 @@ def test_what_a_killed_up_left_is_taken_away_by_down(home):
 
 
 def test_down_leaves_nothing_and_a_second_down_says_so(cluster):
-    processes = cluster.home.processes(cluster.name)
-    ports = {
-        connection.laddr.port
-        for process in processes
-        for connection in process.net_connections("tcp")
-        if connection.status == "LISTEN"
-    }
-    assert len(ports) >= 8
+    sockets = sockets_of(cluster.home.processes(cluster.name))
+    assert len(listening(sockets)) >= 8
     done = cluster.home.run("down", str(cluster.topology))
     assert f"cluster {cluster.name} is down" in done.stdout
     assert cluster.home.leftovers(cluster.name) == []
-    # Of those that the system gave out, others may have got some again by now.
-    for port in (port for port in ports if port < 32_768):
-        with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", port)) != 0
+    # By socket and not by port: what has become free may be another's a moment later.
+    assert listening(sockets) == set()
     again = cluster.home.run("down", str(cluster.topology))
     assert "nothing runs here" in again.stdout
     assert cluster.home.json("down", "--cluster", cluster.name) == {

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,6 +17,7 @@ import aiohttp
 import openai
 import pytest
 import uvicorn
+from engine_forks import Forked, forks
 from ports import free_port
 
 from cluster.engines.simulated.config import (
@@ -44,7 +43,6 @@ KEY = "sk-test"
 ENGINE_KEY = "engine-key"
 CONTEXT_TOKENS = 4096
 BLOCK_TOKENS = 16
-ROOT = Path(__file__).parents[3]
 
 _ONE_ROLE_EACH: dict[Role, KvRole] = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer"}
 _BOTH: dict[Role, KvRole] = dict.fromkeys(Role, "kv_both")
@@ -59,7 +57,7 @@ class Engine:
 
     role: Role
     url: str
-    process: subprocess.Popen[bytes]
+    process: Forked
     kv: dict[str, str | int]
     log: Path
     alone: dict[str, str | int] = field(default_factory=dict)  # fields without which it refuses
@@ -199,13 +197,7 @@ def engines_in(folder: Path, model_path: str) -> Iterator[StartEngine]:
         file = folder / f"engine-{len(started)}.json"
         file.write_text(config.model_dump_json())
         log = file.with_suffix(".log")
-        with log.open("wb") as sink:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.engines.simulated", "--config", str(file)],
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "VLLM_API_KEY": ENGINE_KEY, "PYTHONPATH": str(ROOT)},
-            )
+        process = forks().start(["--config", str(file)], log, {"VLLM_API_KEY": ENGINE_KEY})
         kv: dict[str, str | int] = {}
         if bootstrap_port:
             kv["bootstrap_addr"] = f"http://127.0.0.1:{bootstrap_port}"
@@ -232,7 +224,7 @@ def engines_in(folder: Path, model_path: str) -> Iterator[StartEngine]:
 
 
 def _address(engine: Engine) -> str:
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 90
     while True:
         text = engine.log.read_text(errors="replace")
         if " serves " in text:
@@ -350,7 +342,7 @@ def start_gateway(model_path: str) -> StartGateway:
 
 
 async def eventually_ready(gateway: Gateway) -> None:
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while True:
         async with gateway.session.get("/ready") as response:
             if response.status == 200:
@@ -359,7 +351,7 @@ async def eventually_ready(gateway: Gateway) -> None:
         await asyncio.sleep(0.02)
 
 
-async def eventually(question: Callable[[], Any], within_s: float = 10.0) -> None:
+async def eventually(question: Callable[[], Any], within_s: float = 60.0) -> None:
     """Wait until the (async) question is answered with true; fail if it never is."""
     deadline_s = time.monotonic() + within_s
     while not await question():

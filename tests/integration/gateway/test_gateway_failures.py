@@ -24,7 +24,7 @@ def body(content: str = "Hello", **more):
 
 
 async def first_event(response) -> bytes:
-    return await asyncio.wait_for(response.content.readuntil(b"\n\n"), 10)
+    return await asyncio.wait_for(response.content.readuntil(b"\n\n"), 60)
 
 
 async def test_client_that_leaves_frees_both_engines(start_engine, start_gateway, tools):
@@ -292,7 +292,7 @@ async def test_engine_that_is_replaced_breaks_its_streams_at_once(
         successor = start_engine(Role.DECODE)
         replaced = replace(tools.view(successor), id=WorkerId("decode", 0, 2))
         gateway.publish(tools.view(prefill), replaced)
-        status, headers, _ = await asyncio.wait_for(waiting, 10)
+        status, headers, _ = await asyncio.wait_for(waiting, 60)
         assert status == 200
         assert headers["x-pdcluster-decode"] == "decode/0"
 

@@ -157,7 +157,7 @@ async def test_client_that_leaves_during_decode_frees_both(started, tools):
     async with started.gateway() as gateway:
         request = body(max_tokens=2000, stream=True)
         async with gateway.session.post(CHAT, json=request, headers=HEADERS) as response:
-            await asyncio.wait_for(response.content.readuntil(b"\n\n"), 10)
+            await asyncio.wait_for(response.content.readuntil(b"\n\n"), 60)
             assert await decode.running() == 1
             response.close()
         await all_is_given_back(gateway, tools, prefill, decode)
@@ -214,7 +214,7 @@ async def test_prefill_killed_after_decode_has_begun_is_not_missed(started, tool
     async with started.gateway() as gateway:
         request = body(max_tokens=60, stream=True)
         async with gateway.session.post(CHAT, json=request, headers=HEADERS) as response:
-            await asyncio.wait_for(response.content.readuntil(b"\n\n"), 10)
+            await asyncio.wait_for(response.content.readuntil(b"\n\n"), 60)
             prefill.kill()
             rest = await response.content.read()
         assert b"error" not in rest

@@ -19,6 +19,11 @@ POISON = 77
 POISONED = "pdcluster_gateway_poisonous_total"
 
 
+async def one_is_left(engines) -> bool:
+    """A connection is seen to break a moment before its process is seen to have ended."""
+    return [engine.process.poll() for engine in engines].count(None) == 1
+
+
 async def test_a_request_that_kills_its_prefills_is_stopped_after_two(
     start_engine, start_gateway, tools
 ):
@@ -32,8 +37,8 @@ async def test_a_request_that_kills_its_prefills_is_stopped_after_two(
             CHAT, body(CHAT), **{"x-request-id": "the-poison"}
         )
         assert (status, answer["error"]["code"]) == (422, "request_kills_engines")
+        await tools.eventually(lambda: one_is_left(prefills))
         dead = [n for n, prefill in enumerate(prefills) if prefill.process.poll() is not None]
-        assert len(dead) == 2
         for number in dead:
             assert f"prefill/{number}" in answer["error"]["message"]
         # Not to decode's own prefill either, whatever the policy.
@@ -59,7 +64,7 @@ async def test_a_request_that_kills_its_decodes_is_stopped_after_two(
             await decode.fault(crash_at_token=1)
         status, _, answer = await gateway.post(CHAT, body(CHAT, stream=is_stream))
         assert (status, answer["error"]["code"]) == (422, "request_kills_engines")
-        assert [decode.process.poll() for decode in decodes].count(None) == 1
+        await tools.eventually(lambda: one_is_left(decodes))
 
 
 @pytest.mark.parametrize("count", [4, 12])
@@ -90,8 +95,8 @@ async def test_neighbours_of_a_poison_request_are_answered(
         poison = ask(POISON, *[200] * 149)
         statuses = [status for status, _, _ in await asyncio.gather(poison, *neighbours)]
         assert statuses == [422] + [200] * count
+        await tools.eventually(lambda: one_is_left(prefills))
         assert prefills[0].process.poll() is not None
-        assert [prefill.process.poll() for prefill in prefills].count(None) == 1
         assert await gateway.metric(POISONED) == 1
 
 
@@ -136,7 +141,7 @@ async def test_a_stream_may_outlive_more_engines_than_that(start_engine, start_g
             for decode in decodes:
                 if decode.process.poll() is None and await decode.running():
                     decode.kill()
-        assert [decode.process.poll() for decode in decodes].count(None) == 1
+        await tools.eventually(lambda: one_is_left(decodes))
         assert same(await stream, wanted)
         assert await gateway.metric(POISONED) == 0
         assert await gateway.metric("pdcluster_gateway_recoveries_total", 'cause="failed"') == 4
@@ -163,7 +168,7 @@ async def test_without_workers_the_answer_is_at_once_and_service_returns_by_itse
         # The snapshot still shows it; then it does not.
         for workers in ((tools.view(prefill), tools.view(decode)), (tools.view(prefill),), ()):
             gateway.publish(*workers)
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(10):
                 status, headers, answer = await gateway.post(CHAT, body(CHAT))
             assert (status, answer["error"]["code"]) == (503, "no_worker_available")
             assert int(headers["retry-after"]) >= 1

@@ -25,10 +25,10 @@ def test_an_engine_whose_log_finds_no_room_is_ready_serves_and_says_what_is_lost
     state = Path(os.environ["XDG_STATE_HOME"])
     done = subprocess.run(
         ["unshare", "--mount", sys.executable, str(SCRIPT), str(state), str(spec)],
-        env={**environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **os.environ},
+        env={**environment, **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr
     assert "No space left on device" in done.stderr

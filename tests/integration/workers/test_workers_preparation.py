@@ -59,8 +59,9 @@ async def test_a_folder_that_is_missing_here_fails_the_worker_before_any_engine_
 
 
 async def test_an_engine_with_an_interpreter_of_its_own_finds_our_package_and_nothing_beside_it(
-    make_spec, remains, tmp_path
+    make_spec, remains, tmp_path, monkeypatch
 ):
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # the engine's would go on with it
     # The interpreter of another environment: it says what it would find, then is the engine.
     python, found = tmp_path / "python", tmp_path / "found"
     ask = (

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray_nodes import ray_of
 
 from cluster.errors import PeerGone
 from cluster.identity import WorkerState
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.integration
 
 OWN_RAY = Path(__file__).parent / "own_ray.py"
 ROOT = Path(__file__).parents[3]
+# Until the supervisor has seen the segments of its tree.
+SEEN_WITHIN_S = 2.0
 
 
 @pytest.fixture
@@ -37,24 +40,31 @@ def ray_dir():
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def head():
+    """The address of a Ray with two CPUs, which no test ends."""
+    with ray_of(f"workers-{os.getpid()}", [{"num_cpus": 2}]) as racked:
+        ray.shutdown()
+        yield racked.address
+
+
 @pytest.fixture
-def here(homes, remains, ray_dir, monkeypatch):
-    """A Ray started by this process, in the namespace of the test's cluster."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        _temp_dir=ray_dir,
-        namespace=ray_namespace(remains.name),
-        _node_ip_address="127.0.0.1",
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+async def here(head, homes, remains):
+    """This process in the namespace of the test's cluster, of which nothing is left to Ray."""
+    ray.init(address=head, namespace=ray_namespace(remains.name), log_to_driver=False)
+    try:
+        yield
+        for worker in await handle.find_all(remains.name):
+            await handle.remove(remains.name, worker)
+    finally:
+        ray.shutdown()
 
 
-async def reaches(worker, *states, within_s=40.0):
+def port_of(report):
+    return int(report.url.rpartition(":")[2])
+
+
+async def reaches(worker, *states, within_s=120.0):
     deadline_s = time.monotonic() + within_s
     while (report := await worker.report()).state not in states:
         assert time.monotonic() < deadline_s, report
@@ -93,7 +103,7 @@ async def test_a_worker_that_fits_nowhere_says_what_is_missing_and_blocks_nobody
 ):
     spec = make_spec(placement=PlacementSpec(resources={"CPU": 1, "NPU": 16}))
     worker = await handle.spawn(spec)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         report = await worker.report()
     assert report.state is WorkerState.STARTING
     assert "needs a node with CPU 1, NPU 16" in report.message
@@ -116,7 +126,8 @@ async def test_a_killed_actor_is_gone_for_its_handle_and_leaves_nothing(
 ):
     spec = make_spec(interpreter=wrapped_interpreter)
     worker = await handle.spawn(spec)
-    await reaches(worker, WorkerState.READY)
+    remains.port = port_of(await reaches(worker, WorkerState.READY))
+    assert remains.listens
     eventually(lambda: len(remains.segments) == 3)
     actor = ray.get_actor(f"worker:{spec.id}:0", namespace=ray_namespace(remains.name))
     os.kill(await actor.__ray_call__.remote(lambda _self: os.getpid()), signal.SIGKILL)
@@ -137,7 +148,22 @@ async def test_an_actor_that_ray_ends_takes_its_engine_along(
     await reaches(await handle.spawn(spec), WorkerState.READY)
     eventually(lambda: len(remains.segments) == 3)
     actor = ray.get_actor(f"worker:{spec.id}:0", namespace=ray_namespace(remains.name))
+    pid = await actor.__ray_call__.remote(lambda _self: os.getpid())
     actor.__ray_terminate__.remote()
+    eventually(lambda: is_gone(pid), 60.0, "the actor's end")
+    remains.assert_gone()
+
+
+async def test_a_killed_supervisor_takes_its_engine_along(
+    here, make_spec, remains, wrapped_interpreter, eventually
+):
+    spec = make_spec(interpreter=wrapped_interpreter)
+    report = await reaches(await handle.spawn(spec), WorkerState.READY)
+    remains.port = port_of(report)
+    assert remains.listens
+    eventually(lambda: len(remains.segments) == 3)
+    await asyncio.sleep(SEEN_WITHIN_S)
+    os.kill(tree.read_process(report.engine_pid).ppid, signal.SIGKILL)
     remains.assert_gone()
 
 
@@ -146,8 +172,8 @@ async def test_a_caller_in_a_foreign_namespace_is_told_how_to_connect(here, make
         await handle.find_all("other")
 
 
-@pytest.mark.parametrize("victim", ["actor", "raylet", "driver", "supervisor"])
-def test_whoever_is_killed_nothing_is_left(
+@pytest.mark.parametrize("victim", ["raylet", "driver"])
+def test_whatever_is_killed_of_ray_nothing_is_left(
     make_spec, environment, remains, ray_dir, wrapped_interpreter, tmp_path, eventually, victim
 ):
     spec_file = tmp_path / "spec"
@@ -166,15 +192,13 @@ def test_whoever_is_killed_nothing_is_left(
         assert pids["state"] == "ready", pids
         ours = tree.descendants(driver.pid)
         remains.port = int(pids["url"].rpartition(":")[2])
-        pids["supervisor"] = tree.read_process(pids["engine"]).ppid
         eventually(lambda: len(remains.segments) == 3)
         assert remains.listens
-        time.sleep(0.5)  # until the supervisor has seen the segments
+        time.sleep(SEEN_WITHIN_S)
         os.kill(pids[victim], signal.SIGKILL)
         remains.assert_gone()
-        if victim != "supervisor":
-            # Nobody can reach it any more: the actor itself is not to linger either.
-            eventually(lambda: is_gone(pids["actor"]), 5.0, "the actor's end")
+        # Nobody can reach it any more: the actor itself is not to linger either.
+        eventually(lambda: is_gone(pids["actor"]), 5.0, "the actor's end")
     finally:
         driver.kill()
         driver.wait()
