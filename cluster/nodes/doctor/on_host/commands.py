@@ -13,22 +13,26 @@ _BOUND_S = 30.0
 
 _children: list[subprocess.Popen[bytes]] = []
 _guard = threading.Lock()
+_has_ended = threading.Event()
 
 
 def run(argv: list[str]) -> tuple[int, str, str]:
     """(exit code, output, errors). -1: not to be started, or not ended in time."""
     try:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        # In one with its entry: `end_all` must not come between them and miss it.
+        with _guard:
+            if _has_ended.is_set():
+                return -1, "", "the probe ends"
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+            _children.append(process)
     except OSError as error:
         return -1, "", str(error)
-    with _guard:
-        _children.append(process)
     try:
         out, err = process.communicate(timeout=_BOUND_S)
         return process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
@@ -42,8 +46,9 @@ def run(argv: list[str]) -> tuple[int, str, str]:
 
 
 def end_all() -> None:
-    """Kill what still runs."""
+    """Kill what still runs; nothing is started any more."""
     with _guard:
+        _has_ended.set()
         for process in _children:
             _kill(process)
 
