@@ -206,12 +206,13 @@ class Loop:
         self, tracked: Tracked, desired: DesiredState, now_s: float, ill: str
     ) -> Observed:
         report, pool = tracked.report, desired.pool(tracked.id.pool)
-        outdated, flips_to, misplaced = "", None, ""
+        outdated, must_go, flips_to, misplaced = "", False, None, ""
         if tracked.is_unplaced and self._has_other_nodes(tracked, desired):
             misplaced = "other nodes may take it now than when it was asked for"
         if pool is not None:
             wanted = desired.role_of(tracked.id)
             drained = {report.node_id, *report.node_ids} & set(desired.drained_nodes)
+            must_go = bool(drained)
             if rollout.is_outdated(desired, report):
                 outdated = "its engine is to be told something else"
             elif drained:
@@ -222,7 +223,7 @@ class Loop:
                     outdated = f"it is to serve as {wanted}, which takes a new start"
                 else:
                     flips_to = wanted
-        return tracked.observed(now_s, outdated, flips_to, ill, misplaced)
+        return tracked.observed(now_s, outdated, must_go, flips_to, ill, misplaced)
 
     def _has_other_nodes(self, tracked: Tracked, desired: DesiredState) -> bool:
         """Whether nodes were drained or returned since its placement was asked for."""

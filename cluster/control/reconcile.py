@@ -77,6 +77,7 @@ class Observed:
     is_gone: bool = False
     message: str = ""
     outdated: str = ""  # why it is to be replaced; "": it need not be
+    must_go: bool = False  # if outdated: also where nothing can take its place
     ill: str = ""  # what speaks against it, though it lives; "": nothing
     misplaced: str = ""  # why it is to be asked for anew, having no node yet
     unplaced_for_s: float = 0.0  # since its start, if no node has taken it yet
@@ -322,10 +323,12 @@ def _replacement(
     others: Sequence[Action],
 ) -> list[Action]:
     """The next step for an outdated worker: at most one of a pool at a time, and none while
-    something else is under way in it."""
+    something else is under way in it. A replacement that waits for room holds up none that must
+    go: on a drained node the others would stay for as long as there is no room elsewhere."""
     if any(isinstance(action, Start | Replace) for action in others):
         return []
     due: list[Observed] = []
+    waits_for_room = False
     for index in sorted(pool.indices & by_index.keys()):
         if any(worker.is_leaving for worker in by_index[index]):
             return []
@@ -333,9 +336,16 @@ def _replacement(
         assert keeper is not None
         if keeper.outdated:
             due.append(keeper)
+        elif keeper.unplaced_for_s > NO_ROOM_AFTER_S and len(by_index[index]) == 1:
+            waits_for_room = True
         elif keeper.state is not WorkerState.READY or len(by_index[index]) > 1:
             return []  # it starts, or its predecessor is about to go
-    due = [w for w in due if now_s >= slots.get(w.slot, Slot()).not_before_s]
+    due = [
+        worker
+        for worker in due
+        if now_s >= slots.get(worker.slot, Slot()).not_before_s
+        and (worker.must_go or not waits_for_room)
+    ]
     if not due:
         return []
     # What serves nobody goes first.

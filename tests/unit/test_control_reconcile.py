@@ -270,6 +270,21 @@ def test_where_there_is_no_room_for_both_the_old_one_makes_it():
     assert "no room" in drain.why
 
 
+def test_all_workers_of_a_drained_node_go_where_there_is_no_room_elsewhere():
+    slots = {("decode", 0): Slot(2), ("decode", 1): Slot(1)}
+    waiting = worker(0, 2, state=WorkerState.STARTING, unplaced_for_s=11)
+    (start,) = reconcile([POOL], [waiting, outdated(1, must_go=True)], slots, HEALTH, 0.0)
+    assert start.worker == WorkerId("decode", 1, 2)
+    second = worker(1, 2, state=WorkerState.STARTING, unplaced_for_s=11)
+    seen = [waiting, outdated(1, must_go=True), second]
+    (drain,) = reconcile([POOL], seen, slots, HEALTH, 0.0)
+    assert drain.worker == WorkerId("decode", 1, 1)
+    # One that is to be told something else serves on until the first has its room.
+    assert reconcile([POOL], [waiting, outdated(1)], slots, HEALTH, 0.0) == ()
+    asked = replace(waiting, unplaced_for_s=1)
+    assert reconcile([POOL], [asked, outdated(1, must_go=True)], slots, HEALTH, 0.0) == ()
+
+
 def test_a_replacement_that_failed_is_tried_again_after_its_pause_while_the_old_one_serves():
     slots = {("decode", 0): Slot(2, 1, not_before_s=10.0, why="exit code 1")}
     observed = [outdated(0), worker(1)]
