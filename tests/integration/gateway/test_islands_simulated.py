@@ -121,7 +121,9 @@ async def crossings(gateway) -> Counter:
         for line in (await response.text()).splitlines():
             if line.startswith("pdcluster_kv_transfers_total{"):
                 ends = re.findall(r'(?:prefill|decode)_pool="\w+-(\w+)"', line)
-                found[tuple(ends)] += float(line.rpartition(" ")[2])
+                ended = float(line.rpartition(" ")[2])
+                if ended:  # a link's series are there from its beginning
+                    found[tuple(ends)] += ended
     return found
 
 
