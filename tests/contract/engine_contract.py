@@ -368,14 +368,18 @@ async def test_second_turn_moves_only_the_new_blocks(pair: Pair):
 
 
 async def test_wrong_kv_is_noticed(pair: Pair):
+    """A small model may go on in the same words behind one other prompt, hardly behind three."""
     async with session() as opened:
         prefill, decode = Caller(pair.prefill, opened), Caller(pair.decode, opened)
-        _, tokenized = await decode.post("/tokenize", {"model": pair.model, "prompt": text_of(120)})
-        prompt = tokenized["tokens"][:100]
-        other = prompt[50:] + prompt[:50]
-        wrong = await over_kv(pair, prefill, decode, prompt, 12, of=other)
-        right = await ids_of(pair, prefill, prompt, 12)
-    assert wrong != right
+        same = 0
+        for _ in range(3):
+            _, tokenized = await decode.post(
+                "/tokenize", {"model": pair.model, "prompt": text_of(120)}
+            )
+            prompt = tokenized["tokens"][:100]
+            wrong = await over_kv(pair, prefill, decode, prompt, 12, of=prompt[::-1])
+            same += wrong == await ids_of(pair, prefill, prompt, 12)
+    assert same < 3
 
 
 async def test_kv_events_tell_of_stored_and_removed_blocks(pair: Pair):
