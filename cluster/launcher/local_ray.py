@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,12 +20,10 @@ from typing import Any
 
 from cluster.engines.base import PortNeed
 from cluster.errors import ClusterError, StartFailed
-from cluster.launcher import joined_ray, keys
+from cluster.launcher import joined_ray, keys, supervised
 from cluster.launcher.running import OwnRay, Running, short_runtime
-from cluster.launcher.source_root import with_source_root
-from cluster.settings import OWNER_ENV, ClusterPaths, ray_namespace
+from cluster.settings import ClusterPaths, ray_namespace
 from cluster.topology.schema import ServingSpec, Topology
-from cluster.workers import tree
 from cluster.workers.logs import last_words
 from cluster.workers.ports import reserve
 
@@ -35,7 +32,6 @@ LOOPBACK = "127.0.0.1"
 # inside the messages.
 _OBJECT_STORE_BYTES = 80 * 2**20
 _START_BOUND_S = 60.0
-_END_GRACE_S = 5.0
 
 # For whoever connects as well as for the head.
 _CLIENT_ENV = {
@@ -89,33 +85,18 @@ def start_head(paths: ClusterPaths, serving: ServingSpec, extra_env: Mapping[str
     keys.kept_secret(_token_file(paths))
     folder = short_runtime(paths)
     _make_private(folder)
-    paths.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = paths.logs / "ray.log"
-    log.unlink(missing_ok=True)
     lease = reserve([PortNeed("gcs"), PortNeed("client")], LOOPBACK, Random())
     with lease:
-        argv = [
-            sys.executable,
-            "-m",
-            "cluster.workers.supervisor",
-            *("--owner-pid", "0", "--log", str(log), "--grace-s", f"{_END_GRACE_S:g}"),
-            *("--runtime-dir", str(folder), "--"),
-            *_head_command(folder, lease.ports, _cpus(serving)),
-        ]
-        process = subprocess.Popen(
-            argv,
-            env=_environment(paths, extra_env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            # Ctrl-C in the terminal is for `up`, which ends this in its own order.
-            start_new_session=True,
-            cwd="/",
+        process = supervised.launch(
+            _head_command(folder, lease.ports, _cpus(serving)),
+            log,
+            _environment(paths, extra_env),
+            _owner(paths.cluster),
+            folder,
         )
-        started = tree.read_process(process.pid)
         own = OwnRay(
-            supervisor_pid=process.pid,
-            supervisor_start_ticks=started.start_ticks if started else 0,
+            **supervised.known_by(process),
             folder=str(folder),
             token_file=str(_token_file(paths)),
         )
@@ -182,25 +163,8 @@ def connected(running: Running) -> Iterator[Any]:
 
 
 def end_head(own: OwnRay, cluster: str) -> None:
-    """End the Ray head and everything below it. Blocks until it is gone. Idempotent.
-
-    The process is identified by pid, start time and owner mark: never somebody else's."""
-    process = tree.read_process(own.supervisor_pid)
-    if process is None or process.start_ticks != own.supervisor_start_ticks:
-        return
-    if process.pid not in {marked.pid for marked in tree.marked(_owner(cluster))}:
-        return
-    tree.send(process, signal.SIGTERM)
-    deadline_s = time.monotonic() + 2 * _END_GRACE_S + 5
-    while _is_running(own) and time.monotonic() < deadline_s:
-        time.sleep(0.05)
-
-
-def _is_running(own: OwnRay) -> bool:
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(own.supervisor_pid, os.WNOHANG)
-    process = tree.read_process(own.supervisor_pid)
-    return process is not None and process.start_ticks == own.supervisor_start_ticks
+    """End the Ray head and everything below it. Blocks until it is gone. Idempotent."""
+    supervised.end(own, _owner(cluster), 2 * supervised.END_GRACE_S + 5)
 
 
 def _head_command(folder: Path, ports: Mapping[str, int], cpus: int) -> tuple[str, ...]:
@@ -227,16 +191,13 @@ def _head_command(folder: Path, ports: Mapping[str, int], cpus: int) -> tuple[st
 
 def _environment(paths: ClusterPaths, extra: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return with_source_root(
-        {
-            **kept,
-            **_CLIENT_ENV,
-            **_HEAD_ENV,
-            **extra,
-            "RAY_AUTH_TOKEN_PATH": str(_token_file(paths)),
-            OWNER_ENV: _owner(paths.cluster),
-        }
-    )
+    return {
+        **kept,
+        **_CLIENT_ENV,
+        **_HEAD_ENV,
+        **extra,
+        "RAY_AUTH_TOKEN_PATH": str(_token_file(paths)),
+    }
 
 
 def _cpus(serving: ServingSpec) -> int:

@@ -16,30 +16,24 @@ import contextlib
 import http.client
 import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import yaml
 
 from cluster.control.store import ApiAccess
-from cluster.launcher import plan, running
+from cluster.launcher import plan, running, supervised
 from cluster.launcher.progress import Watcher
 from cluster.launcher.running import OwnPrometheus, Running
-from cluster.launcher.source_root import with_source_root
 from cluster.observe import rules, scraping
-from cluster.settings import OWNER_ENV, ClusterPaths
+from cluster.settings import ClusterPaths
 from cluster.topology.schema import PrometheusSpec, Topology
-from cluster.workers import tree
 from cluster.workers.logs import last_words
 
 PROGRAM = "prometheus"
 _HOST = "127.0.0.1"
 _START_BOUND_S = 10.0
-_END_GRACE_S = 5.0
 
 
 class NotStarted(Exception):
@@ -54,7 +48,7 @@ def as_wanted(
     spec, own = topology.serving.observability.prometheus, state.own_prometheus
     if spec.mode != "auto":
         return state.model_copy(update={"prometheus_url": spec.url or ""})
-    if own is not None and is_running(own):
+    if own is not None and supervised.is_running(own):
         return state
     try:
         own = start(paths, spec, access)
@@ -100,30 +94,14 @@ def start(paths: ClusterPaths, spec: PrometheusSpec, access: ApiAccess) -> OwnPr
 
 
 def end(own: OwnPrometheus, paths: ClusterPaths) -> None:
-    """End it, with all it has kept. Idempotent.
-
-    The process is identified by pid, start time and owner mark: never somebody else's."""
-    process = tree.read_process(own.supervisor_pid)
-    is_ours = process is not None and process.start_ticks == own.supervisor_start_ticks
-    marked = {found.pid for found in tree.marked(_owner(paths.cluster))}
-    if process is not None and is_ours and process.pid in marked:
-        tree.send(process, signal.SIGTERM)
-        deadline_s = time.monotonic() + 2 * _END_GRACE_S
-        while is_running(own) and time.monotonic() < deadline_s:
-            time.sleep(0.05)
+    """End it, with all it has kept. Idempotent."""
+    supervised.end(own, _owner(paths.cluster), 2 * supervised.END_GRACE_S)
     remove_files(paths)
 
 
 def remove_files(paths: ClusterPaths) -> None:
     """What it keeps, once it has ended."""
     shutil.rmtree(_folder(paths), ignore_errors=True)
-
-
-def is_running(own: OwnPrometheus) -> bool:
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(own.supervisor_pid, os.WNOHANG)
-    process = tree.read_process(own.supervisor_pid)
-    return process is not None and process.start_ticks == own.supervisor_start_ticks
 
 
 def scrape_config(control_url: str, token_file: str) -> str:
@@ -148,15 +126,8 @@ def _write_files(folder: Path, access: ApiAccess) -> None:
 
 
 def _launch(paths: ClusterPaths, folder: Path, program: str, spec: PrometheusSpec) -> OwnPrometheus:
-    paths.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    log = _log(paths)
-    log.unlink(missing_ok=True)
-    process = subprocess.Popen(
+    process = supervised.launch(
         [
-            sys.executable,
-            "-m",
-            "cluster.workers.supervisor",
-            *("--owner-pid", "0", "--log", str(log), "--grace-s", f"{_END_GRACE_S:g}", "--"),
             program,
             f"--config.file={folder / 'prometheus.yml'}",
             f"--storage.tsdb.path={folder / 'data'}",
@@ -164,26 +135,17 @@ def _launch(paths: ClusterPaths, folder: Path, program: str, spec: PrometheusSpe
             f"--web.listen-address={_HOST}:{spec.port}",
             "--log.level=warn",
         ],
-        env=with_source_root({**os.environ, OWNER_ENV: _owner(paths.cluster)}),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # Ctrl-C in the terminal is for `up`, which ends this in its own order.
-        start_new_session=True,
-        cwd="/",
+        _log(paths),
+        os.environ,
+        _owner(paths.cluster),
     )
-    started = tree.read_process(process.pid)
-    return OwnPrometheus(
-        supervisor_pid=process.pid,
-        supervisor_start_ticks=started.start_ticks if started else 0,
-        url=plan.url(_HOST, spec.port),
-    )
+    return OwnPrometheus(**supervised.known_by(process), url=plan.url(_HOST, spec.port))
 
 
 def _await_ready(own: OwnPrometheus, paths: ClusterPaths) -> None:
     deadline_s = time.monotonic() + _START_BOUND_S
     while not _is_ready(own.url):
-        if not is_running(own):
+        if not supervised.is_running(own):
             words = "; ".join(last_words(_log(paths))[-2:])
             raise NotStarted(f"Prometheus ended at once: {words or 'it said nothing'}")
         if time.monotonic() > deadline_s:

@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster import settings
 from cluster.errors import ClusterError
+from cluster.launcher.supervised import Supervised
 from cluster.settings import ClusterPaths
 from cluster.topology.schema import Topology
-from cluster.workers import tree
 
 
 class Busy(ClusterError):
@@ -34,24 +34,16 @@ class NotRunning(ClusterError):
     """No such cluster runs here."""
 
 
-class OwnRay(BaseModel):
-    """The Ray head that `up` started: the supervisor to end it by, and where it keeps things."""
+class OwnRay(Supervised):
+    """The Ray head that `up` started, and where it keeps things."""
 
-    model_config = ConfigDict(frozen=True)
-
-    supervisor_pid: int
-    supervisor_start_ticks: int
     folder: str
     token_file: str
 
 
-class OwnPrometheus(BaseModel):
-    """The Prometheus that `up` started: the supervisor to end it by, and where it is asked."""
+class OwnPrometheus(Supervised):
+    """The Prometheus that `up` started, and where it is asked."""
 
-    model_config = ConfigDict(frozen=True)
-
-    supervisor_pid: int
-    supervisor_start_ticks: int
     url: str
 
 
@@ -82,8 +74,7 @@ class Running(BaseModel):
         """Whether the Ray we started is the one that still runs. A Ray of others is believed."""
         if self.own_ray is None:
             return bool(self.ray_address)
-        process = tree.read_process(self.own_ray.supervisor_pid)
-        return process is not None and process.start_ticks == self.own_ray.supervisor_start_ticks
+        return self.own_ray.is_alive()
 
 
 def digest(topology: Topology) -> str:

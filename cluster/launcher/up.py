@@ -37,6 +37,7 @@ from cluster.launcher import (
     prometheus,
     remains,
     running,
+    supervised,
 )
 from cluster.launcher.await_ready import await_control, await_endpoint, await_workers
 from cluster.launcher.progress import Watcher
@@ -245,7 +246,7 @@ def _observe_again(
     topology: Topology, paths: ClusterPaths, state: Running, watcher: Watcher
 ) -> Running:
     """A Prometheus that has died is started anew, in a cluster where nothing else is to be done."""
-    if state.own_prometheus is None or prometheus.is_running(state.own_prometheus):
+    if state.own_prometheus is None or supervised.is_running(state.own_prometheus):
         return state
     access = _access(topology.serving.control, paths, watcher)
     return prometheus.as_wanted(topology, paths, state, access, watcher)

@@ -10,12 +10,13 @@ import pytest
 import yaml
 from control_world import desired, serving
 from ports import free_port
+from running_state import running_state
 
 from cluster.control.rollout import plan as plan_of
 from cluster.control.store import ApiAccess
-from cluster.launcher import plan, prometheus, running
+from cluster.launcher import plan, prometheus, running, supervised
 from cluster.launcher.progress import Silent
-from cluster.launcher.running import OwnPrometheus, Running
+from cluster.launcher.running import OwnPrometheus
 from cluster.observe import rules
 from cluster.settings import ClusterPaths
 from cluster.topology.schema import ObservabilitySpec, PrometheusSpec, Topology
@@ -38,21 +39,6 @@ def paths(tmp_path, monkeypatch):
     return ClusterPaths("c")
 
 
-def state(**more):
-    values = {
-        "cluster": "c",
-        "phase": "starting",
-        "topology_file": "/t.yaml",
-        "topology_digest": "d",
-        "started_at_s": 1.0,
-        "model": "m",
-        "endpoint": "http://127.0.0.1:8000",
-        "key_file": None,
-        "ingress": "direct",
-    }
-    return Running.model_validate(values | more)
-
-
 def topology(**spec):
     observability = {"prometheus": spec}
     return Topology(
@@ -61,7 +47,7 @@ def topology(**spec):
 
 
 def followed(paths, told, heard):
-    return prometheus.as_wanted(told, paths, state(), ACCESS, heard)
+    return prometheus.as_wanted(told, paths, running_state(), ACCESS, heard)
 
 
 def test_without_the_program_up_says_which_package_has_it_and_goes_on(paths):
@@ -113,7 +99,7 @@ def test_a_process_that_is_not_ours_is_not_ended(paths):
     # This very process, under a start time that is not its own: a pid that was given away.
     own = OwnPrometheus(supervisor_pid=os.getpid(), supervisor_start_ticks=1, url="http://x:1")
     prometheus.end(own, paths)
-    assert not prometheus.is_running(own)
+    assert not supervised.is_running(own)
 
 
 def test_the_token_is_in_a_file_of_its_users_alone_and_in_no_yaml(tmp_path):

@@ -9,12 +9,13 @@ import sys
 import time
 
 import pytest
+from running_state import running_state
 
 from cluster.control.state import DesiredState
 from cluster.errors import ClusterError, InvalidInput
 from cluster.gateway.auth import hash_key
 from cluster.launcher import keys, local_ray, remains, running
-from cluster.launcher.running import Busy, NotRunning, OwnRay, Running
+from cluster.launcher.running import Busy, NotRunning, OwnRay
 from cluster.settings import OWNER_ENV, ClusterPaths
 from cluster.topology.schema import AuthSpec, ControlSpec, Topology
 from cluster.workers import tree
@@ -25,21 +26,6 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     return tmp_path
-
-
-def state(cluster="c", **more):
-    values = {
-        "cluster": cluster,
-        "phase": "up",
-        "topology_file": "/t.yaml",
-        "topology_digest": "d",
-        "started_at_s": 1.0,
-        "model": "m",
-        "endpoint": "http://127.0.0.1:8000",
-        "key_file": None,
-        "ingress": "direct",
-    }
-    return Running.model_validate(values | more)
 
 
 def own_ray(pid, start_ticks):
@@ -63,16 +49,16 @@ def topology(**ray):
 def test_the_state_file_is_read_back_and_replaced_whole():
     paths = ClusterPaths("c")
     assert running.read(paths) is None
-    running.write(paths, state(phase="starting"))
-    running.write(paths, state())
-    assert running.read(paths) == state()
+    running.write(paths, running_state(phase="starting"))
+    running.write(paths, running_state())
+    assert running.read(paths) == running_state()
     assert [p.name for p in paths.state.iterdir()] == ["running.json"]
     assert paths.state.stat().st_mode & 0o077 == 0
 
 
 def test_a_broken_state_file_counts_as_none():
     paths = ClusterPaths("c")
-    running.write(paths, state())
+    running.write(paths, running_state())
     paths.running.write_text('{"cluster": "c"')
     assert running.read(paths) is None
 
@@ -80,9 +66,9 @@ def test_a_broken_state_file_counts_as_none():
 def test_the_only_running_cluster_is_the_default():
     with pytest.raises(NotRunning, match="pdcluster up FILE"):
         running.choose(None)
-    running.write(ClusterPaths("a"), state("a"))
+    running.write(ClusterPaths("a"), running_state("a"))
     assert running.choose(None).cluster == "a"
-    running.write(ClusterPaths("b"), state("b"))
+    running.write(ClusterPaths("b"), running_state("b"))
     with pytest.raises(ClusterError, match=r"several clusters run here \(a, b\).*--cluster NAME"):
         running.choose(None)
     assert running.choose("b").cluster == "b"
@@ -92,9 +78,9 @@ def test_the_only_running_cluster_is_the_default():
 
 def test_a_supervisor_that_was_replaced_by_another_process_is_not_ours():
     me = tree.read_process(os.getpid())
-    assert state(own_ray=own_ray(me.pid, me.start_ticks)).is_alive()
-    assert not state(own_ray=own_ray(me.pid, me.start_ticks - 1)).is_alive()
-    assert not state().is_alive()
+    assert running_state(own_ray=own_ray(me.pid, me.start_ticks)).is_alive()
+    assert not running_state(own_ray=own_ray(me.pid, me.start_ticks - 1)).is_alive()
+    assert not running_state().is_alive()
 
 
 def test_the_lock_names_the_process_that_holds_it():
