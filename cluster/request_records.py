@@ -15,6 +15,8 @@ from operator import attrgetter
 
 import msgspec
 
+# What a client may choose as `x-request-id`.
+REQUEST_ID = r"[A-Za-z0-9._:-]{1,96}"
 # A long answer may be moved more often; the first ones and the last are kept.
 MOST_ATTEMPTS = 12
 _WHY_CHARACTERS = 200

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Path, Response
 from cluster.control import wire
 from cluster.control.api_answers import INVALID, UNAVAILABLE, json, refused
 from cluster.control.requests import TOLD_WITHIN_S, Explained, UnknownRequest
+from cluster.request_records import REQUEST_ID
 
 
 class RequestControls(Protocol):
@@ -42,7 +43,7 @@ def explaining(controls: RequestControls) -> APIRouter:
     async def request(
         request_id: Annotated[
             str,
-            Path(pattern=r"^[A-Za-z0-9._:-]{1,96}$", description="`x-request-id` of an answer."),
+            Path(pattern=f"^{REQUEST_ID}$", description="`x-request-id` of an answer."),
         ],
     ) -> Response:
         """A request that has ended: its workers and why these, what decode held, what it pulled,

@@ -164,26 +164,13 @@ class Tracked:
     def is_unplaced(self) -> bool:
         return not self.report.node_ip and self.report.state is WorkerState.STARTING
 
-    def observed(
-        self,
-        now_s: float,
-        outdated: str = "",
-        must_go: bool = False,
-        flips_to: Role | None = None,
-        ill: str = "",
-        misplaced: str = "",
-    ) -> Observed:
-        """As reconcile wants it; what speaks against the worker is for the caller to know."""
+    def observed(self, now_s: float) -> Observed:
+        """As reconcile wants it; what speaks against the worker is for the caller to add."""
         return Observed(
             id=self.id,
             state=WorkerState.DRAINING if self.is_draining and self.is_gone else self.shown().state,
             ready_for_s=now_s - self.ready_since_s if self.ready_since_s is not None else 0.0,
             is_gone=self.is_gone,
             message=self.report.message,
-            outdated=outdated,
-            must_go=must_go,
-            ill=ill,
-            misplaced=misplaced,
             unplaced_for_s=now_s - self.started_at_s if self.is_unplaced else 0.0,
-            flips_to=flips_to,
         )

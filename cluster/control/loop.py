@@ -223,7 +223,14 @@ class Loop:
                     outdated = f"it is to serve as {wanted}, which takes a new start"
                 else:
                     flips_to = wanted
-        return tracked.observed(now_s, outdated, must_go, flips_to, ill, misplaced)
+        return replace(
+            tracked.observed(now_s),
+            outdated=outdated,
+            must_go=must_go,
+            flips_to=flips_to,
+            ill=ill,
+            misplaced=misplaced,
+        )
 
     def _has_other_nodes(self, tracked: Tracked, desired: DesiredState) -> bool:
         """Whether nodes were drained or returned since its placement was asked for."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ from cluster.gateway.trace_context import Trace
 from cluster.identity import WorkerId
 from cluster.kv.dialects import ORDERS, Fields, Order
 from cluster.request_records import AttemptRecord
+from cluster.snapshot import WorkerView
 
 T = TypeVar("T")
 # Prompts of one request that are prefilled and pulled at the same time.
@@ -275,34 +276,24 @@ class Attempt:
         """Blocks from one engine to the other, and no answer."""
         engines, body = self._parts.engines, self._ask.request.body
         prefill, decode = self._route.prefill, self._route.decode
-        now_s, record, trace = self._ask.now_s, self._record, self._ask.trace
+        now_s, record = self._ask.now_s, self._record
         assert prefill is not None
+
+        def compute(worker: WorkerView, stage: Stage, fields: Fields) -> Awaitable[dict[str, Any]]:
+            trace = self._ask.trace.lines(self._number, stage)
+            return engines.compute_prompt(worker, prompt_ids, fields, body, request_id, trace)
 
         async def call_prefill(order: Order, fields: Fields) -> Mapping[str, Any]:
             if record.prefill_s is None:
                 record.prefill_s = now_s()
-            answer = await engines.compute_prompt(
-                prefill,
-                prompt_ids,
-                fields,
-                body,
-                request_id,
-                trace.lines(self._number, Stage.PREFILL),
-            )
+            answer = await compute(prefill, Stage.PREFILL, fields)
             record.prefilled_s = now_s()  # the last of them
             return answer
 
         async def call_decode(fields: Fields) -> Mapping[str, Any]:
             if record.transfer_s is None:
                 record.transfer_s = now_s()
-            answer = await engines.compute_prompt(
-                decode,
-                prompt_ids,
-                fields,
-                body,
-                request_id,
-                trace.lines(self._number, Stage.DECODE),
-            )
+            answer = await compute(decode, Stage.DECODE, fields)
             record.transferred_s = now_s()
             return answer
 

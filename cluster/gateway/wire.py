@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.gateway import errors
 from cluster.gateway.errors import ApiError, Headers, Rejected
+from cluster.request_records import REQUEST_ID
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -18,7 +19,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _DONE = b"data: [DONE]\n\n"
-_SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,96}")
+_SANE_ID = re.compile(REQUEST_ID.encode())
 # A refused body is read and thrown away for this long, so that a client that sends all before it
 # reads sees our answer and not a reset connection.
 _DISCARD_FOR_S = 5.0
