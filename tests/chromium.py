@@ -10,6 +10,7 @@ Whatever the page logs as an error, throws, or is refused by its content policy 
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import os
@@ -35,6 +36,10 @@ _ARGUMENTS = (
 )
 _KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, ""), " ": (32, " ")}
 _ARROWS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+
+
+class Gone(AssertionError):
+    """The browser refused a call: most often, the document it was for has just been left."""
 
 
 class Chromium:
@@ -88,6 +93,17 @@ class Chromium:
         self._call("Page.navigate", url=url)
         self.wait_for("document.readyState === 'complete'")
 
+    def reload(self) -> None:
+        """Returns once another document is there, so that nothing is asked of the old one."""
+        self.leaving("location.reload()")
+
+    def leaving(self, expression: str) -> None:
+        """Runs what makes the page load itself anew, and waits until it has."""
+        self.js("window.isOld = true")
+        with contextlib.suppress(Gone):
+            self.js(expression)
+        self.wait_for("!window.isOld && document.readyState === 'complete'")
+
     def resize(self, width: int, height: int, is_phone: bool = False, scale: float = 1.0) -> None:
         self._call(
             "Emulation.setDeviceMetricsOverride",
@@ -116,9 +132,10 @@ class Chromium:
         # An element by its value is {}, which counts as false here.
         value = f"const found = {expression}; return found instanceof Element ? true : found;"
         while True:
-            found = self.js(f"(() => {{ try {{ {value} }} catch {{ return null }} }})()")
-            if found:
-                return found
+            with contextlib.suppress(Gone):
+                found = self.js(f"(() => {{ try {{ {value} }} catch {{ return null }} }})()")
+                if found:
+                    return found
             assert time.monotonic() < give_up_s, (
                 f"not within {within_s:g} s: {expression}; problems: {self.problems}"
             )
@@ -177,7 +194,8 @@ class Chromium:
         while True:
             answer = self._receive(give_up_s, method)
             if answer.get("id") == number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
+                if "error" in answer:
+                    raise Gone(f"{method}: {answer['error']}")
                 result: dict[str, Any] = answer["result"]
                 return result
             self._note(answer)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import cmdline
 
 from cluster.settings import OWNER_ENV
 
@@ -49,13 +50,6 @@ def engine_core(pid: int) -> psutil.Process:
     """The process behind vLLM's API server that holds the model."""
     (core,) = [p for p in family(pid)[1:] if "EngineCore" in p.name() or "EngineCore" in cmdline(p)]
     return core
-
-
-def cmdline(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from contract.engine_pair import (
     session,
     wait_ready,
 )
+from processes import cmdline
 from prometheus_client import CollectorRegistry
 
 from cluster.identity import Role, WorkerId, WorkerState
@@ -402,7 +403,7 @@ async def test_decode_notices_a_dead_prefill_engine_at_once_and_lives_on(pair: P
     params = (await transfer.decode_fields())["kv_transfer_params"]
     for process in tree(pair.prefill):
         # Python's resource tracker outlives the rest to unlink their semaphores in /dev/shm.
-        if "resource_tracker" not in " ".join(process.cmdline()):
+        if "resource_tracker" not in cmdline(process):
             process.kill()
     async with asyncio.timeout(LEASE_S + 15):
         answer = await pair.ask(pair.decode, prompt, request_id, params, max_tokens=4)

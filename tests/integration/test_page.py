@@ -132,9 +132,9 @@ def test_the_token_is_in_no_address_and_survives_a_reload_of_the_tab_only(page):
     addresses = page.js("performance.getEntriesByType('resource').map((one) => one.name).join()")
     assert "/v1/live" in addresses
     assert TOKEN not in addresses + page.js("location.href + document.cookie")
-    page.js("location.reload()")
+    page.reload()
     page.wait_for("document.querySelectorAll('.worker').length === 12")
-    page.click("#forget")
+    page.leaving("document.querySelector('#forget').click()")
     page.wait_for("!document.querySelector('#door').hidden")
     assert page.js("sessionStorage.length + localStorage.length") == 0
 

@@ -23,6 +23,7 @@ import psutil
 import pytest
 import yaml
 from ports import free_port
+from processes import cmdline, environ
 
 from cluster.cli.main import run
 from cluster.launcher.running import short_runtime
@@ -101,16 +102,16 @@ class Home:
         """Everything that carries the owner mark of `cluster` and lives in this home."""
         found = []
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                environ = process.environ()
-                is_ours = environ.get("XDG_STATE_HOME") == str(self.folder / "state")
-                if is_ours and environ.get(OWNER_ENV, "").startswith(f"{cluster}/"):
-                    found.append(process)
-        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+            told = environ(process)
+            is_ours = told.get("XDG_STATE_HOME") == str(self.folder / "state")
+            if is_ours and told.get(OWNER_ENV, "").startswith(f"{cluster}/"):
+                found.append(process)
+        # One that ended while it was looked at has no command line any more.
+        return [process for process in found if cmdline(process)]
 
     def actor(self, cluster: str, kind: str) -> list[psutil.Process]:
         """Ray actors' processes by their class."""
-        return [p for p in self.processes(cluster) if f"ray::{kind}" in " ".join(cmdline(p))]
+        return [p for p in self.processes(cluster) if f"ray::{kind}" in cmdline(p)]
 
     def leftovers(self, cluster: str) -> list[str]:
         """What `down` should have taken away: processes, ports, folders, the state file."""
@@ -183,12 +184,6 @@ class Cluster:
         return found
 
 
-def cmdline(process: psutil.Process) -> list[str]:
-    with contextlib.suppress(psutil.Error):
-        return process.cmdline()
-    return []
-
-
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     home = Home(tmp_path_factory.mktemp("pd"))
@@ -196,9 +191,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     yield home
     # Whatever failed: nothing of these tests outlives them.
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            environ = process.environ()
-            if environ.get("XDG_STATE_HOME") == str(home.folder / "state") and OWNER_ENV in environ:
+        told = environ(process)
+        if told.get("XDG_STATE_HOME") == str(home.folder / "state") and OWNER_ENV in told:
+            with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGKILL)
 
 

@@ -9,6 +9,7 @@ import urllib.request
 
 import pytest
 import yaml
+from processes import cmdline, environ
 
 pytestmark = pytest.mark.integration
 
@@ -74,9 +75,9 @@ def test_a_killed_worker_actor_is_replaced_and_takes_its_engine_with_it(cluster)
     (supervisor,) = [
         process
         for process in cluster.home.processes(cluster.name)
-        if process.environ()["PDCLUSTER_OWNER"] == mark and "supervisor" in str(process.cmdline())
+        if environ(process).get("PDCLUSTER_OWNER") == mark and "supervisor" in cmdline(process)
     ]
-    (owner,) = [word for word in supervisor.cmdline() if word.startswith("--owner-pid=")]
+    (owner,) = [word for word in cmdline(supervisor).split() if word.startswith("--owner-pid=")]
     os.kill(int(owner.partition("=")[2]), signal.SIGKILL)
     cluster.wait_for(lambda s: generations(s).get("prefill/0") == before["generation"] + 1)
     assert not os.path.exists(f"/proc/{before['engine_pid']}")

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from live_prometheus import Prometheus
 from ports import free_port
+from processes import cmdline, environ
 
 from cluster.settings import OWNER_ENV
 
@@ -131,14 +132,14 @@ def test_the_control_token_is_shown_nowhere_and_goes_to_no_engine(watched, prome
     ]
     assert with_token == ["pdcluster-controller"]
     for process in watched.home.processes(watched.name):
-        assert token not in " ".join(process.cmdline())
+        assert token not in cmdline(process)
 
 
 def test_up_starts_a_prometheus_again_that_was_killed(watched, prometheus):
     ours = [
         process
         for process in watched.home.processes(watched.name)
-        if process.environ()[OWNER_ENV] == f"{watched.name}/prometheus"
+        if environ(process).get(OWNER_ENV) == f"{watched.name}/prometheus"
     ]
     (engine,) = [process for process in ours if process.name() == "prometheus"]
     engine.send_signal(signal.SIGKILL)

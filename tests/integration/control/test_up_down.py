@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import cmdline
 
 from cluster.launcher.running import lock
 from cluster.settings import ClusterPaths
@@ -48,7 +49,7 @@ def test_no_secret_is_printed_logged_or_in_any_command_line(cluster):
     names = ("api-key", "engine-key", "ray-token", "control-token")
     secrets = [(state / name).read_text().strip() for name in names]
     places = [cluster.up.said, json.dumps(cluster.status())]
-    places += [" ".join(p.cmdline()) for p in cluster.home.processes(cluster.name)]
+    places += [cmdline(p) for p in cluster.home.processes(cluster.name)]
     places += [p.read_text(errors="replace") for p in (state / "logs").iterdir()]
     for secret in secrets:
         assert len(secret) > 20

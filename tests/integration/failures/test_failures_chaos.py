@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import environ
 
 pytestmark = [pytest.mark.integration, pytest.mark.e2e, pytest.mark.slow]
 
@@ -55,10 +56,3 @@ def test_ctrl_c_ends_a_run_and_leaves_nothing(moment):
     assert not os.path.exists(folder)
     assert not [p for p in psutil.process_iter() if folder in str(environ(p))]
     assert folder not in Path("/proc/mounts").read_text()
-
-
-def environ(process):
-    try:
-        return process.environ()
-    except (psutil.Error, OSError):
-        return {}

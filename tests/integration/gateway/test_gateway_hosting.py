@@ -20,6 +20,7 @@ import psutil
 import pytest
 from gateway_ray_host import ANSWER, Order
 from ports import free_port
+from processes import cmdline
 
 from cluster.gateway.auth import hash_key
 from cluster.gateway.config import GatewayConfig
@@ -56,11 +57,8 @@ class Host:
         return self.hear()
 
     def replicas(self) -> list[psutil.Process]:
-        return [
-            child
-            for child in psutil.Process(self._process.pid).children(recursive=True)
-            if any("GatewayReplica" in part for part in child.cmdline())
-        ]
+        children = psutil.Process(self._process.pid).children(recursive=True)
+        return [child for child in children if "GatewayReplica" in cmdline(child)]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Helpers for tests that start and kill real processes: what is left of them, and where."""
 
 import asyncio
+import contextlib
 import os
 import shlex
 import shutil
@@ -57,9 +58,10 @@ class Remains:
         until(lambda: not (self.processes or self.segments or self.listens), within_s, self)
 
     def __repr__(self):
-        lines = [
-            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") for pid in self.processes
-        ]
+        lines = []
+        for pid in self.processes:
+            with contextlib.suppress(OSError):
+                lines.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" "))
         return f"left: {lines} {self.segments} listens={self.listens}"
 
 
