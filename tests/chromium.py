@@ -147,14 +147,23 @@ class Chromium:
 
     def click(self, selector: str) -> None:
         """With the mouse, in its middle."""
+        x, y = self._point(selector, 0.5)
+        for kind in ("mousePressed", "mouseReleased"):
+            self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def hover(self, selector: str, across: float = 0.5) -> None:
+        """The mouse over it, this share of its width from the left."""
+        x, y = self._point(selector, across)
+        self._call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def _point(self, selector: str, across: float) -> tuple[float, float]:
         x, y = self.js(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
             "e.scrollIntoView({block: 'center', behavior: 'instant'});"
-            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] "
-            "})()"
+            f"const r = e.getBoundingClientRect(); return [r.x + {across} * r.width,"
+            "r.y + r.height / 2] })()"
         )
-        for kind in ("mousePressed", "mouseReleased"):
-            self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        return x, y
 
     def type(self, text: str) -> None:
         self._call("Input.insertText", text=text)

@@ -16,6 +16,7 @@ from cluster.control.autoscale.view import Scaling
 from cluster.control.changes import Change, ChangeRole, ChangeState, DrainWorker, Scale, Step
 from cluster.control.events import ChangeAsked, ChangeEnded, EventLog, WorkerMoved
 from cluster.control.overview import cluster_status
+from cluster.control.past import Past
 from cluster.control.recent import Recent
 from cluster.control.rollout import with_replicas
 from cluster.control.state import DesiredState
@@ -89,6 +90,7 @@ class WatchedCluster:
         self.log = EventLog(self.clock.wall_s)
         self.asked: list[object] = []
         self.refuses = ""
+        self.remembered = Past("", "http://127.0.0.1:9090 does not answer: refused", 60.0, 5.0)
         self.rate = 1.0
         self._changes: dict[int, tuple[Change, float]] = {}
         self._reports: dict[WorkerId, WorkerReport] = {}
@@ -143,6 +145,9 @@ class WatchedCluster:
             await self.changes(),
             self.clock.wall_s(),
         )
+
+    async def past(self, span_s):
+        return replace(self.remembered, span_s=span_s)
 
     async def scaling(self):
         return Scaling(mode="manual", dry_run=False, interval_s=15.0)

@@ -7,6 +7,7 @@
     control.api_changes                  what changes the cluster, how far it is, events
     control.api_scaling                  what the autoscaler decided
     control.api_live                     what is new, for whoever watches
+    control.api_past                     what it did over a longer time, from Prometheus
     control.api_requests                 what became of one request
     control.api_metrics                  metrics, and what Prometheus is to scrape
     control.api_page                     the page; asks for no token, tells nothing of the cluster
@@ -38,6 +39,7 @@ from cluster.control.api_changes import ChangeControls, changing, watching
 from cluster.control.api_live import LiveControls, living
 from cluster.control.api_metrics import MetricsControls, measuring
 from cluster.control.api_page import Page
+from cluster.control.api_past import PastControls, remembering
 from cluster.control.api_requests import RequestControls, explaining
 from cluster.control.api_scaling import scaling
 from cluster.control.state import ClusterStatus, LogWindow
@@ -50,7 +52,9 @@ _OPEN = "/health"
 _DEFAULT_LOG_BYTES = 1 << 18
 
 
-class Controls(ChangeControls, LiveControls, MetricsControls, RequestControls, Protocol):
+class Controls(
+    ChangeControls, LiveControls, MetricsControls, PastControls, RequestControls, Protocol
+):
     """What the API needs of a controller."""
 
     async def transfers(self, request_id: str) -> list[TransferRecord]: ...
@@ -95,7 +99,8 @@ def create_app(controls: Controls, bearer: Bearer) -> ASGIApp:
     )
     for router in (
         *(_reading(controls), changing(controls), watching(controls)),
-        *(scaling(controls), living(controls), measuring(controls), explaining(controls)),
+        *(scaling(controls), living(controls), remembering(controls)),
+        *(measuring(controls), explaining(controls)),
     ):
         api.include_router(router)
     app.include_router(api)

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cluster.control import discovery, live, operations, roles, rollout
+from cluster.control import discovery, live, operations, past, roles, rollout
 from cluster.control.changes import Apply, Ask, Change, DrainNode, DrainWorker, Plan
 from cluster.control.clock import Clock
 from cluster.control.events import DesiredChanged, Event, PoolsRollingOut, ShutdownAsked, Told
@@ -206,6 +206,13 @@ class Controller:
             self._loop.history.all(),
             self._loop.clock.wall_s(),
         )
+
+    async def past(self, span_s: float) -> past.Past:
+        """The last `span_s` seconds as Prometheus knows them; as past.look."""
+        await self._restored()
+        desired = self._loop.desired
+        spec = desired.serving.observability.prometheus if desired is not None else None
+        return await past.look(self._cluster, spec, span_s, self._loop.clock.wall_s())
 
     async def events(self, after_seq: int, timeout_s: float) -> tuple[Told, ...]:
         """Events numbered above `after_seq`, oldest first; waits up to `timeout_s` for one."""

@@ -32,11 +32,11 @@ class EngineNames:
     sglang: str = ""
     xllm: str = ""
 
-    @property
-    def selectors(self) -> tuple[str, ...]:
+    def selectors(self, *matchers: str) -> tuple[str, ...]:
+        """One per name."""
         # xLLM's names have no prefix: anybody's could be called so.
-        xllm = f'{self.xllm}{{engine="xllm"}}' if self.xllm else ""
-        return tuple(filter(None, (self.vllm, self.sglang, xllm)))
+        named = (self.vllm, ()), (self.sglang, ()), (self.xllm, ('engine="xllm"',))
+        return tuple(_selector(name, *own, *matchers) for name, own in named if name)
 
 
 RUNNING = EngineNames(
@@ -70,16 +70,20 @@ ACCEPTED_PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
 SGLANG_ACCEPTANCE = "sglang:spec_accept_length"
 
 
+def _selector(name: str, *matchers: str) -> str:
+    return f"{name}{{{', '.join(matchers)}}}" if matchers else name
+
+
 def _summed(names: EngineNames) -> str:
-    return " or ".join(f"sum {_BY} ({name})" for name in names.selectors)
+    return " or ".join(f"sum {_BY} ({name})" for name in names.selectors())
 
 
 def _averaged(names: EngineNames) -> str:
-    return " or ".join(f"avg {_BY} ({name})" for name in names.selectors)
+    return " or ".join(f"avg {_BY} ({name})" for name in names.selectors())
 
 
 def _rate(names: EngineNames, by: str, window: str) -> str:
-    return " or ".join(f"sum {by} (rate({name}[{window}]))" for name in names.selectors)
+    return " or ".join(f"sum {by} (rate({name}[{window}]))" for name in names.selectors())
 
 
 _DRAFT_RATE = f"(sum {_BY} (rate({DRAFTS}[{_RATIO_WINDOW}])) > 0)"

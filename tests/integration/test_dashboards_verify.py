@@ -16,10 +16,12 @@ from aiohttp.test_utils import TestServer
 from ports import free_port
 
 from cluster.cli.main import run
+from cluster.control.past import look
 from cluster.observe import rules
 from cluster.observe.dashboards import promql
 from cluster.observe.dashboards.files import BOARDS
 from cluster.observe.verify import values, verify
+from cluster.topology.observability import PrometheusSpec
 
 pytestmark = pytest.mark.integration
 
@@ -51,6 +53,30 @@ EXPECTED = {
     "At which position do drafts stop being right?": 0.8,
     "Which pool is the bottleneck?": 0.4,
     "How many replicas are missing?": 0.0,
+}
+
+
+# What the page draws of the same rates.
+PAST = {
+    **{
+        f"traffic.{what}_p{percent}_s": None
+        for what in ("ttft", "tpot")
+        for percent in (50, 95, 99)
+    },
+    "engines.prompt_tokens_per_s": 200.0,
+    "engines.generation_tokens_per_s": 200.0,
+    "engines.waiting": 2.0,
+    "gateways.running": 1.0,
+    "gateways.queued": 1.0,
+    "pool.decode.acceptance_length": 2.5,
+    "pool.prefill.bytes_per_s": 10.0,
+    "pool.decode.bytes_per_s": 10.0,
+    "pool.prefill.held_share": 0.5,
+    "pool.decode.held_share": 0.5,
+    "role.prefill.ready": 1.0,
+    "role.decode.ready": 1.0,
+    "role.prefill.desired": 1.0,
+    "role.decode.desired": 1.0,
 }
 
 
@@ -114,6 +140,26 @@ class Scraped:
                     result = (await answer.json())["data"]["result"]
                 assert float(result[0]["value"][1]) == pytest.approx(value, rel=0.02), asks
 
+    async def remembers(self, expected):
+        """Whether the page's charts have these values, and no others."""
+        spec = PrometheusSpec(mode="external", url=self.url)
+        # With a moment of every scrape, and with numbers of several made one.
+        for span_s in (60.0, 3600.0):
+            past = await look("t", spec, span_s, time.time())
+            assert past.why == ""
+            assert past.columns.series.keys() == expected.keys()
+            newest = {
+                name: [number for number in column if number is not None][-1]
+                for name, column in past.columns.series.items()
+            }
+            # Of a window that began before there was anything, all rates are too low alike.
+            begun = newest["pool.decode.bytes_per_s"] / expected["pool.decode.bytes_per_s"]
+            for name, value in newest.items():
+                assert value > 0
+                if expected[name] is not None:
+                    part = begun if name.endswith("_per_s") else 1.0
+                    assert value == pytest.approx(expected[name] * part, rel=0.1), (name, span_s)
+
     def end(self):
         self._process.terminate()
         try:
@@ -132,6 +178,7 @@ async def test_every_query_has_data_when_everything_is_exported(program, tmp_pat
             assert [(one.board, one.panel, one.problem or one.expr) for one in failed] == []
             assert len(checked) > 60
             await scraped.says(EXPECTED)
+            await scraped.remembers(PAST)
             words = ["dashboards", "verify", "--prometheus", scraped.url, "--window", "1m"]
             assert await asyncio.to_thread(run, [*words, "--json"]) == 0
             assert json.loads(capsys.readouterr().out)["failed"] == 0

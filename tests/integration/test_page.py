@@ -13,6 +13,8 @@ from served_api import InPlaceOf, Served
 from watched_cluster import POOLS, Clock, WatchedCluster
 
 from cluster.control.changes import ChangeRole, DrainWorker, Scale
+from cluster.control.past import Past
+from cluster.control.points import Columns
 from cluster.identity import Role
 
 pytestmark = [
@@ -102,6 +104,40 @@ def test_it_shows_figures_charts_the_cluster_as_a_picture_and_events(page, clust
         assert page.js(f"/\\d/.test(document.querySelector('#chart-{panel} b').textContent)")
     asyncio.run(cluster.ask(Scale("decode-h200", 2), "ada", "quiet hours"))
     page.wait_for("document.querySelector('#events').textContent.includes('quiet hours')")
+
+
+def test_without_prometheus_the_charts_are_the_clusters_own_and_say_why(page):
+    page.wait_for("document.querySelector('#source').textContent.includes('own samples')")
+    assert "http://127.0.0.1:9090 does not answer" in page.text("#source")
+    assert count(page, "[data-past]:disabled") == 3
+    page.js("document.querySelector('#charts-title').focus()")
+    page.press("4")
+    assert page.js("document.querySelector('[data-span][aria-pressed=true]').dataset.span") == "300"
+
+
+def test_with_prometheus_the_charts_are_its_and_go_on_with_the_clusters_own(page, cluster):
+    now_s = cluster.clock.wall_s()
+    # Of a time before the cluster's own samples, of which nobody else can know.
+    at_s = tuple(now_s - 3600 + 15 * number for number in range(200))
+    columns = Columns(at_s, {"traffic.ttft_p50_s": (123.0,) * 200})
+    cluster.remembered = Past("prometheus", "", 3600.0, 15.0, columns)
+    page.press("1")
+    page.wait_for("document.querySelector('#source').textContent.startsWith('From Prometheus')")
+    assert count(page, "[data-past]:disabled") == 0
+    assert "123" not in page.text("#chart-ttft")
+    page.press("4")
+    page.wait_for(
+        "document.querySelector('[data-span][aria-pressed=true]').dataset.span === '3600'"
+    )
+    page.hover("#chart-ttft .u-over", 0.25)
+    page.wait_for("document.querySelector('#chart-ttft b').textContent === '123 s'")
+    # What it had not, and what came later, is the cluster's own.
+    page.hover("#charts-title")
+    page.wait_for("document.querySelector('#chart-ttft b').textContent !== '123 s'")
+    assert page.js("/\\d/.test(document.querySelector('#chart-tokens b').textContent)")
+    before = page.js("document.querySelector('#chart-ttft canvas').toDataURL()")
+    cluster.pass_time(20)
+    page.wait_for(f"document.querySelector('#chart-ttft canvas').toDataURL() !== {before!r}")
 
 
 def test_charts_are_drawn_and_move_on(page, cluster):

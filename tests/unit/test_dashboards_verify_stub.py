@@ -11,7 +11,8 @@ from aiohttp.test_utils import TestServer
 
 from cluster.cli.main import run
 from cluster.observe.dashboards import files
-from cluster.observe.verify import PrometheusError, verify
+from cluster.observe.prometheus import PrometheusError
+from cluster.observe.verify import verify
 
 
 class Prometheus:

@@ -17,6 +17,10 @@ export function live(since, eventsAfter) {
   return call("GET", `v1/live?since=${since}&events_after=${eventsAfter}`);
 }
 
+export function past(spanS) {
+  return call("GET", `v1/past?span_s=${spanS}`);
+}
+
 // Begins a change and returns it. Throws Refused with the controller's own words.
 export function ask(path, body) {
   return call("POST", path, body);

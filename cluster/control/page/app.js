@@ -1,7 +1,7 @@
 // The page: asks for the token, asks the control API once a second what is new, and has it drawn.
 //
 //   api.js      what is asked      picture.js, layout.js   the cluster
-//   memory.js   what was told      charts.js               the charts
+//   memory.js   what was told      past.js, charts.js      the charts
 //   controls.js what is changed    lists.js                figures, pools, changes, events
 
 import * as api from "./api.js";
@@ -9,6 +9,7 @@ import { Charts } from "./charts.js";
 import { Controls } from "./controls.js";
 import { Lists } from "./lists.js";
 import { Memory } from "./memory.js";
+import { Past } from "./past.js";
 import { Picture } from "./picture.js";
 
 const EVERY_MS = 1000;
@@ -16,7 +17,8 @@ const HIDDEN_MS = 10000;
 const $ = (id) => document.getElementById(id);
 
 const memory = new Memory();
-const charts = new Charts($("charts"), memory);
+const past = new Past(memory);
+const charts = new Charts($("charts"), past);
 const controls = new Controls(memory, { lost, begun: () => ask() });
 const picture = new Picture($("picture"), (id) => controls.showWorker(id));
 const lists = new Lists(memory, (pool, replicas) => controls.scale(pool, replicas));
@@ -64,10 +66,34 @@ async function look() {
     const hasPoints = memory.take(told);
     draw(hasPoints);
     pulse("live", isPaused ? "paused" : "live");
+    // Nobody waits for it: Prometheus may take its time.
+    if (past.isDue) lookAtPast();
   } catch (error) {
     if (error instanceof api.WrongToken) lost(error);
     else pulse("silent", "no answer", `${error.message}; trying again.`);
   }
+}
+
+async function lookAtPast() {
+  const { spanS } = charts;
+  past.asking();
+  try {
+    const told = await api.past(spanS);
+    if (spanS !== charts.spanS) return; // asked meanwhile of another
+    past.take(told);
+    drawPast();
+  } catch (error) {
+    if (error instanceof api.WrongToken) lost(error);
+    else past.miss();
+  }
+}
+
+function drawPast() {
+  charts.draw();
+  $("source").textContent = past.isThere
+    ? "From Prometheus; the newest seconds, which it has not scraped yet, from the cluster itself."
+    : `From the cluster's own samples of the last quarter of an hour. ${past.why}.`;
+  for (const button of document.querySelectorAll("[data-past]")) button.disabled = !past.isThere;
 }
 
 function draw(hasPoints) {
@@ -78,7 +104,10 @@ function draw(hasPoints) {
   lists.draw();
   picture.draw(memory);
   controls.refresh();
-  if (hasPoints || !charts.hasDrawn) charts.draw();
+  if (hasPoints || !charts.hasDrawn) {
+    past.join();
+    charts.draw();
+  }
   charts.hasDrawn = true;
 }
 
@@ -99,11 +128,13 @@ function pause() {
 }
 
 function lookBack(button) {
+  if (button.disabled) return;
   for (const one of document.querySelectorAll("[data-span]")) {
     one.setAttribute("aria-pressed", one === button);
   }
   charts.spanS = Number(button.dataset.span);
   charts.draw();
+  lookAtPast();
 }
 
 const KEYS = {
@@ -115,6 +146,9 @@ const KEYS = {
   1: () => lookBack(document.querySelector('[data-span="120"]')),
   2: () => lookBack(document.querySelector('[data-span="300"]')),
   3: () => lookBack(document.querySelector('[data-span="900"]')),
+  4: () => lookBack(document.querySelector('[data-span="3600"]')),
+  5: () => lookBack(document.querySelector('[data-span="21600"]')),
+  6: () => lookBack(document.querySelector('[data-span="86400"]')),
   " ": pause,
   "?": () => $("keys").showModal(),
 };

@@ -8,7 +8,7 @@ const SHADES = ["--line-1", "--line-2", "--line-3"];
 const MANY = ["--many-1", "--many-2", "--many-3", "--many-4", "--many-5", "--many-6"];
 
 // Between two marks of an axis: seconds of time, and bytes.
-const TIMES = [10, 15, 30, 60, 120, 300];
+const TIMES = [10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600];
 const BINARY = Array.from({ length: 50 }, (_, power) => 2 ** power);
 
 const percentiles = (prefix) => (memory) =>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import time
@@ -11,6 +12,7 @@ import urllib.request
 import psutil
 import pytest
 import yaml
+from chromium import EXECUTABLE, Chromium
 from live_prometheus import Prometheus
 from ports import free_port
 from processes import cmdline, environ
@@ -116,6 +118,29 @@ def test_a_worker_that_comes_and_one_that_changes_its_role_appear_within_15_s(wa
         lambda: {s["role"]: v for s, v in prometheus.query(ready)} == {"decode": 1, "prefill": 1},
         SEEN_WITHIN_S,
     )
+
+
+@pytest.mark.skipif(EXECUTABLE is None, reason="needs Debian's chromium")
+def test_the_page_draws_from_it_what_was_before_the_controller_was_killed(watched, prometheus):
+    (controller,) = watched.home.actor(watched.name, "ControllerActor")
+    before_s = watched.status()["controller_up_for_s"]
+    controller.kill()
+    controller.wait(10)
+    watched.wait_for(lambda status: status["controller_up_for_s"] < before_s)
+    state = watched.home.state(watched.name)
+    with Chromium() as browser:
+        browser.open(json.loads((state / "running.json").read_text())["control_url"] + "/")
+        browser.wait_for("document.activeElement.id === 'token'")
+        browser.type((state / "control-token").read_text().strip())
+        browser.press("Enter")
+        browser.wait_for("document.querySelector('#source').textContent.startsWith('From Prom')")
+        # Nobody has asked for anything since: this controller knows of no first token.
+        for chart in ("ttft", "tpot", "accepted", "held", "bytes", "tokens", "replicas"):
+            assert not browser.js(f"document.querySelector('#chart-{chart}.empty')"), chart
+        browser.press("4")
+        browser.wait_for("document.querySelector('[data-span=\"3600\"]').ariaPressed === 'true'")
+        browser.wait_for("!document.querySelector('#chart-ttft.empty')")
+        assert browser.problems == []
 
 
 def test_the_control_token_is_shown_nowhere_and_goes_to_no_engine(watched, prometheus):
