@@ -38,8 +38,10 @@ MOST_SPAN_S = 31 * 86_400.0
 
 # A chart is some 300 pixels wide.
 _POINTS = 240
-# Another's Prometheus may scrape every 15 s, and a rate wants two samples.
-_RATIO_OVER_EXTERNAL_S = 60.0
+# About what points have theirs over. A rate wants two samples, also when one scrape has failed.
+_RATE_OVER_S = 3.0 * SCRAPE_S
+# Another's Prometheus may scrape every 15 s.
+_EXTERNAL_OVER_S = 60.0
 _AT_ONCE = 4
 # Of all queries together: the page waits for 10 s.
 _TIMEOUT_S = 8.0
@@ -68,7 +70,8 @@ class _Query:
     over_step: str = ""
 
 
-_WINDOW = "$window"
+# Of rates; of percentiles and ratios.
+_WINDOW, _LONGER = "$window", "$longer"
 
 
 def step_s(span_s: float) -> float:
@@ -94,7 +97,11 @@ async def look(cluster: str, spec: PrometheusSpec | None, span_s: float, now_s: 
     url = address(spec)
     if not url:
         return Past("", "observability.prometheus.mode is off", span_s, every_s)
-    window_s = max(RATIO_OVER_S if spec.mode == "auto" else _RATIO_OVER_EXTERNAL_S, every_s)
+    least_s = _EXTERNAL_OVER_S if spec.mode == "external" else 0.0
+    windows = {
+        "window": f"{max(least_s, _RATE_OVER_S, every_s):g}s",
+        "longer": f"{max(least_s, RATIO_OVER_S, every_s):g}s",
+    }
     # Moments of a short span stay the same from look to look, or lines would quiver; the newest of
     # a long one is of now, or what has just begun would not be in it.
     end_s = math.floor(now_s / SCRAPE_S) * SCRAPE_S
@@ -107,7 +114,7 @@ async def look(cluster: str, spec: PrometheusSpec | None, span_s: float, now_s: 
             found = await _ask_all(
                 Prometheus(session, url),
                 cluster,
-                window_s,
+                windows,
                 moments,
                 every_s,
             )
@@ -127,12 +134,12 @@ async def look(cluster: str, spec: PrometheusSpec | None, span_s: float, now_s: 
 async def _ask_all(
     prometheus: Prometheus,
     cluster: str,
-    window_s: float,
+    windows: Mapping[str, str],
     moments: Sequence[float],
     every_s: float,
 ) -> list[tuple[_Query, Found]]:
     limit = asyncio.Semaphore(_AT_ONCE)
-    known = {"cluster": cluster, "window": f"{window_s:g}s"}
+    known = {"cluster": cluster, **windows}
 
     async def one(query: _Query) -> tuple[_Query, Found]:
         expr = filled(_of_step(query, every_s), known)
@@ -197,27 +204,28 @@ def _engines(names: EngineNames, *, is_counter: bool) -> str:
     return total(" or ".join(by_worker))
 
 
-def _rate(name: str, *by: str) -> str:
-    return total(rate(everywhere(name), _WINDOW), *by)
+def _rate(name: str, *by: str, window: str = _WINDOW) -> str:
+    return total(rate(everywhere(name), window), *by)
 
 
 def _held_share() -> str:
     held, pulled = (
-        _rate(metric.name, "pool")
+        _rate(metric.name, "pool", window=_LONGER)
         for metric in (catalogue.WORKER_KV_TOKENS_HELD, catalogue.WORKER_KV_TOKENS_PULLED)
     )
     return ratio(held, f"({held} + {pulled})")
 
 
 def _acceptance_length() -> str:
-    counted = f"1 + {ratio(_rate(ACCEPTED, 'pool'), _rate(DRAFTS, 'pool'))}"
+    accepted, drafts = (_rate(name, "pool", window=_LONGER) for name in (ACCEPTED, DRAFTS))
+    counted = f"1 + {ratio(accepted, drafts)}"
     return f"{counted} or avg by (pool) ({everywhere(SGLANG_ACCEPTANCE)} > 0)"
 
 
 _PERCENTILES = tuple(
     _Query(
         f"traffic.{short}_p{percent}_s",
-        quantile(percent / 100, rate(everywhere(f"{metric.name}_bucket"), _WINDOW)),
+        quantile(percent / 100, rate(everywhere(f"{metric.name}_bucket"), _LONGER)),
     )
     for short, metric in (("ttft", catalogue.TTFT), ("tpot", catalogue.TPOT))
     for percent in QUANTILES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 
 import pytest
 from aiohttp import web
@@ -103,6 +104,15 @@ async def test_no_moment_between_two_of_a_long_span_is_left_out(prometheus, spec
     assert ready == [
         'min_over_time((sum by (role) (pdcluster_pool_replicas_ready{cluster=~"c"}))[360s:30s])'
     ]
+
+
+async def test_anothers_prometheus_may_scrape_seldom(prometheus, spec):
+    for mode, windows in (("auto", {"15s", "30s"}), ("external", {"60s"})):
+        prometheus.asked.clear()
+        url = f"http://127.0.0.1:{spec.port}" if mode == "external" else None
+        await look("c", spec.model_copy(update={"mode": mode, "url": url}), 60.0, NOW_S)
+        asked = " ".join(asked["query"] for asked in prometheus.asked)
+        assert set(re.findall(r"\[(\d+s)\]", asked)) == windows
 
 
 @pytest.mark.parametrize(
