@@ -25,6 +25,7 @@ WORDS = {
     "status": ("200", "503"),
     "connector": ("nixl",),
     "outcome": ("pulled", "expired"),
+    "cause": ("expired",),
     "percentile": ("95",),
     "state": ("ready",),
     "to": ("decode",),
@@ -33,6 +34,8 @@ WORDS = {
     "decode_pool": ("decode",),
 }
 PER_S = 10.0
+# Counters that grow by a part of that: no more can be held than was asked for.
+SHARES = {catalogue.HELD_TOKENS: 0.5}
 
 
 def text(metric: Metric, age_s: float) -> Iterator[str]:
@@ -48,7 +51,8 @@ def text(metric: Metric, age_s: float) -> Iterator[str]:
             yield _line(f"{metric.name}_count", labels, age_s * PER_S)
         else:
             grows = metric.kind is Kind.COUNTER
-            yield _line(metric.name, labels, age_s * PER_S if grows else 1.0)
+            share = SHARES.get(metric, 1.0)
+            yield _line(metric.name, labels, share * age_s * PER_S if grows else 1.0)
 
 
 def engine_text(pool: str, age_s: float, *, has_speculation: bool) -> Iterator[str]:

@@ -24,7 +24,7 @@ from cluster.errors import EngineFailed, KvMismatch, PeerGone
 from cluster.gateway import bodies, recovery
 from cluster.gateway.answer import Answer, HandedBack
 from cluster.gateway.course import Course, Way
-from cluster.gateway.errors import EngineLeft
+from cluster.gateway.errors import EngineLeft, Rejected
 from cluster.gateway.leaving import Why
 from cluster.gateway.orders import KINDS, DecodeCall, Passage, PrefillCall
 from cluster.gateway.parts import Parts
@@ -36,6 +36,7 @@ from cluster.gateway.tally import PairCounts
 from cluster.gateway.trace_context import Trace
 from cluster.identity import WorkerId
 from cluster.kv.dialects import ORDERS, Fields, Order
+from cluster.kv.lease import Failure
 from cluster.request_records import AttemptRecord
 from cluster.snapshot import WorkerView
 
@@ -107,11 +108,15 @@ class Attempt:
 
         Raises: EngineFailed, KvMismatch, PeerGone: see `ended`; Rejected; NoCapacity."""
         fleet, ask, decode = self._parts.fleet, self._ask, self._route.decode.id
+        failure = Failure.GIVEN_UP
         fleet.join(decode, self)
         try:
             await self._begin()
             self._has_flowed = ask.request.is_stream
             await ask.answer.pass_on(ask.course, counts, answers)
+        except BaseException as error:
+            failure = self._failure(error)
+            raise
         finally:
             self._record.ended_s = ask.now_s()
             fleet.part(decode, self)
@@ -119,7 +124,7 @@ class Attempt:
             # with all its tokens.
             passage, self._passage = self._passage, None
             if passage is not None:
-                await passage.close(ask.answer.close)
+                await passage.close(ask.answer.close, failure)
             else:
                 ask.answer.close()
 
@@ -143,6 +148,12 @@ class Attempt:
             cause, error = _CAUSES[why], EngineLeft(worker.name, None, _SAID[why])
         failure, stage = _blame(error, self._route)
         return Ended(cause, stage, failure, self._has_flowed)
+
+    def _failure(self, error: BaseException) -> Failure:
+        """Why the prompt's blocks did not get to decode, where `error` came before them."""
+        if isinstance(error, EngineFailed | KvMismatch | PeerGone):
+            return recovery.transfer_failure(self.ended(error))
+        return Failure.REFUSED if isinstance(error, Rejected) else Failure.GIVEN_UP
 
     def _may_leave(self, worker: WorkerId) -> bool:
         ask = self._ask
@@ -256,10 +267,14 @@ class Attempt:
         async def stage(prompt_ids: list[int], request_id: str) -> None:
             async with places:
                 passage = self._passage_of_prompt(prompt_ids, request_id)
+                failure = Failure.GIVEN_UP
                 try:
                     await passage.begin()
+                except BaseException as error:
+                    failure = self._failure(error)
+                    raise
                 finally:
-                    await passage.close(_nothing_to_close)
+                    await passage.close(_nothing_to_close, failure)
 
         try:
             async with asyncio.TaskGroup() as group:

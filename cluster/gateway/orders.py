@@ -26,6 +26,7 @@ from cluster.gateway.fleet import Fleet
 from cluster.gateway.metaserver import Expected, Metaserver
 from cluster.kv.coordinator import Transfer
 from cluster.kv.dialects import Fields, Order
+from cluster.kv.lease import Failure
 
 T = TypeVar("T")
 # Each raises EngineFailed or Rejected, and closes its connection when it is cancelled.
@@ -60,8 +61,9 @@ class Passage(ABC, Generic[T]):
         Raises: EngineFailed, PeerGone, Rejected, NoCapacity. Cancel: ends both calls."""
 
     @abstractmethod
-    async def close(self, close_decode: Callable[[], None]) -> None:
-        """End what still runs, in the right order. `close_decode`: closes decode's answer."""
+    async def close(self, close_decode: Callable[[], None], failure: Failure) -> None:
+        """End what still runs, in the right order. `close_decode`: closes decode's answer;
+        `failure`: why decode has no blocks, if it has none."""
 
     async def _prefill(self, fields: Fields) -> Mapping[str, Any]:
         return await self._call_prefill(self._transfer.order, fields)
@@ -88,9 +90,9 @@ class PrefillFirst(Passage[T]):
         transfer.finish()
         return begun
 
-    async def close(self, close_decode: Callable[[], None]) -> None:
+    async def close(self, close_decode: Callable[[], None], failure: Failure) -> None:
         close_decode()
-        self._transfer.abandon("it ended before decode had answered")
+        self._transfer.abandon(failure)
 
 
 class AtOnce(Passage[T]):
@@ -119,11 +121,11 @@ class AtOnce(Passage[T]):
         self._transfer.finish()
         return begun
 
-    async def close(self, close_decode: Callable[[], None]) -> None:
+    async def close(self, close_decode: Callable[[], None], failure: Failure) -> None:
         if self._beside is not None:
             await _ended(self._beside)
         close_decode()
-        self._transfer.abandon("it ended before decode had answered")
+        self._transfer.abandon(failure)
 
 
 class Together(AtOnce[T]):

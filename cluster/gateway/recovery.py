@@ -29,6 +29,7 @@ from cluster.errors import EngineFailed
 from cluster.gateway.errors import EngineLeft, EngineLost, EngineNotReached
 from cluster.gateway.route import Route
 from cluster.identity import WorkerId
+from cluster.kv.lease import Failure
 
 # An engine that is short of KV blocks may give a request back again and again.
 _MOST_GIVEN_BACK = 8
@@ -131,7 +132,7 @@ def after(tries: Tries, route: Route, ended: Ended) -> Tries:
 def _after_failure(tries: Tries, route: Route, ended: Ended) -> Tries:
     prefill, error = route.prefill, ended.error
     is_lost = isinstance(error, EngineLost)
-    is_pull = ended.stage is Stage.DECODE and error.status is not None and not is_lost
+    is_pull = _is_pull(ended)
     if prefill is not None and (is_pull or ended.stage is Stage.PREFILL):
         failed = prefill.id
         why = "pull-failed" if is_pull else "prefill-failed"
@@ -151,6 +152,24 @@ def _after_failure(tries: Tries, route: Route, ended: Ended) -> Tries:
     if prefill is not None and failed == prefill.id:
         return replace(tries, prefill_failures=tries.prefill_failures + 1)
     return replace(tries, decode_failures=tries.decode_failures + 1)
+
+
+def transfer_failure(ended: Ended) -> Failure:
+    """Why the blocks of an attempt with two workers did not get to decode, if they did not."""
+    match ended.cause:
+        case Cause.HUNG:
+            return Failure.HUNG
+        case Cause.DRAINED:
+            return Failure.DRAINED
+    if ended.stage is Stage.PREFILL:
+        return Failure.PREFILL_FAILED
+    return Failure.PULL_FAILED if _is_pull(ended) else Failure.DECODE_FAILED
+
+
+def _is_pull(ended: Ended) -> bool:
+    """Whether decode answered an error: it has most likely failed to pull the blocks."""
+    is_lost = isinstance(ended.error, EngineLost)
+    return ended.stage is Stage.DECODE and ended.error.status is not None and not is_lost
 
 
 def attempt_budget_s(left_s: float, tries: Tries) -> float:

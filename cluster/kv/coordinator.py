@@ -2,9 +2,9 @@
 
 Called by the gateway, in this order:
 
-    transfer = coordinator.begin(...)            OFFERED
-    fields of the two calls, see below           GRANTED, PULLING
-    transfer.finish() | transfer.abandon(why)    PULLED | RELEASED
+    transfer = coordinator.begin(...)              OFFERED
+    fields of the two calls, see below             GRANTED, PULLING
+    transfer.finish() | transfer.abandon(failure)  PULLED | RELEASED
 
     prefill first   prefill_fields(); prefilled(answer): GRANTED, prefill keeps the blocks;
                     decode_fields(): PULLING
@@ -40,13 +40,15 @@ from cluster.kv.dialects import (
     Together,
     make_dialects,
 )
-from cluster.kv.lease import Cause, State
+from cluster.kv.lease import Cause, Failure, State
 from cluster.observe.kv_metrics import KvMetrics
 from cluster.snapshot import Link, Snapshot, WorkerView
 
 RELEASE_TIMEOUT_S = 10.0
 # Ids per call to a worker: one datagram to its engine must hold them.
 RELEASE_BATCH = 256
+
+_OF_ITSELF = {State.EXPIRED: Failure.EXPIRED, State.LOST: Failure.LOST}
 
 log = logging.getLogger(__name__)
 
@@ -148,12 +150,12 @@ class Transfer:
         """Decode answered, or its first byte arrived: it has the blocks."""
         self._coordinator._move(self, Cause.FINISHED)
 
-    def abandon(self, why: str) -> None:
+    def abandon(self, failure: Failure) -> None:
         """Nobody will take the blocks: has prefill let go of them now. Never raises.
 
         Call it after the decode call, if there is one, was closed: an engine that still reads the
         blocks would read what comes after them."""
-        self._coordinator._move(self, Cause.ABANDONED, why)
+        self._coordinator._move(self, Cause.ABANDONED, failure)
 
     def _as_prefill_first(self) -> PrefillFirst:
         assert isinstance(self.dialect, PrefillFirst), f"{self!r} goes {self.order}"
@@ -241,7 +243,9 @@ class Coordinator:
     def observe(self, snapshot: Snapshot) -> None:
         """Give up what was replaced. A worker that is merely missing may come back."""
         for link in snapshot.links:
-            self._metrics.know(link.prefill_pool, link.decode_pool, link.connector, lease.ENDED)
+            self._metrics.know(
+                link.prefill_pool, link.decode_pool, link.connector, lease.ENDED, Failure
+            )
         for worker in snapshot.workers:
             self._note_generation(worker.id)
             if worker.state in WORKER_ENDED:
@@ -251,7 +255,7 @@ class Coordinator:
     async def close(self) -> None:
         """Send what releases are under way, then stop. May be called twice."""
         for transfer in list(self._open.values()):
-            transfer.abandon("the gateway is going down")
+            transfer.abandon(Failure.GIVEN_UP)
         while self._releasing:
             await asyncio.wait(list(self._releasing.values()))
         if self._owns_session and self._session is not None:
@@ -260,13 +264,14 @@ class Coordinator:
 
     # -- the one writer of a transfer's state ----------------------------------------------------
 
-    def _move(self, transfer: Transfer, cause: Cause, why: str = "") -> None:
+    def _move(self, transfer: Transfer, cause: Cause, failure: Failure | None = None) -> None:
         before = transfer.state
         after = lease.step(before, cause)
         if after is before:
             return
         transfer.state = after
         pool = transfer.prefill.id.pool
+        link = (pool, transfer.decode.id.pool, transfer.dialect.connector)
         if after is State.GRANTED:
             transfer.granted_at_s = self._clock()
             self._timed.setdefault(transfer.lease_s, OrderedDict())[id(transfer)] = transfer
@@ -282,14 +287,13 @@ class Coordinator:
             if not self._leases[transfer.prefill.id]:
                 del self._leases[transfer.prefill.id]
             self._metrics.open.labels(pool).dec()
-            self._metrics.lease_s.labels(transfer.dialect.connector).observe(
-                self._clock() - transfer.granted_at_s
-            )
-        self._metrics.transfers.labels(
-            pool, transfer.decode.id.pool, transfer.dialect.connector, after.value
-        ).inc()
+            self._metrics.lease_s.labels(*link).observe(self._clock() - transfer.granted_at_s)
+        self._metrics.transfers.labels(*link, after.value).inc()
+        failure = _OF_ITSELF.get(after, failure)
+        if failure is not None:
+            self._metrics.failures.labels(*link, failure.value).inc()
         if after is State.RELEASED:
-            log.info("%r given up: %s", transfer, why or cause.value)
+            log.info("%r given up: %s", transfer, failure or cause.value)
             if transfer.dialect.keeps_blocks:
                 self._release_soon(transfer.prefill.id, transfer.request_id)
 

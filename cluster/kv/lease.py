@@ -37,6 +37,20 @@ class Cause(enum.StrEnum):
     WORKER_REPLACED = "worker replaced"
 
 
+class Failure(enum.StrEnum):
+    """Why a transfer's blocks did not get to decode. Metric labels."""
+
+    PREFILL_FAILED = "prefill-failed"
+    PULL_FAILED = "pull-failed"  # decode's engine answered an error instead of the blocks
+    DECODE_FAILED = "decode-failed"
+    HUNG = "hung"
+    DRAINED = "drained"
+    REFUSED = "refused"  # an engine had something against the request
+    GIVEN_UP = "given-up"  # nobody's fault: the client left, or the request's time was up
+    EXPIRED = "expired"  # prefill's lease ran out
+    LOST = "lost"  # the prefill worker was replaced
+
+
 ENDED = frozenset({State.PULLED, State.RELEASED, State.EXPIRED, State.LOST})
 
 MOVES: dict[tuple[State, Cause], State] = {

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from cluster.observe.metric import Kind, Metric
 
 _PAIR = ("prefill_pool", "decode_pool")
+_LINK = (*_PAIR, "connector")
 _WORKER = ("worker", "pool")
 _TALLY = "counted per pair of pools (gateway.tally), read at the scrape"
 _REQUEST = "counted as the request passes"
@@ -137,16 +138,17 @@ PROMPT_TOKENS = Metric(
     Kind.COUNTER,
     "Prompt tokens of answered requests.",
     _TALLY,
-    ("decode_pool",),
+    _PAIR,
     "tokens",
 )
 HELD_TOKENS = Metric(
     "pdcluster_gateway_held_tokens_total",
     Kind.COUNTER,
     "Of those, tokens that the chosen decode worker was known to hold already: divided by the "
-    "prompt tokens, the share of prefix hits.",
+    "prompt tokens, the share of prefix hits. The others had to come over the link, or to be "
+    "computed by decode.",
     _TALLY,
-    ("decode_pool",),
+    _PAIR,
     "tokens",
 )
 ANSWER_TOKENS = Metric(
@@ -154,7 +156,7 @@ ANSWER_TOKENS = Metric(
     Kind.COUNTER,
     "Tokens of answers, each counted once.",
     _TALLY,
-    ("decode_pool",),
+    _PAIR,
     "tokens",
 )
 PAIR_REQUESTS = Metric(
@@ -191,7 +193,16 @@ KV_TRANSFERS = Metric(
     "KV transfers that ended, by pools, connector and outcome: pulled, released (given up), "
     "expired, lost (with its prefill worker).",
     "kv.coordinator",
-    (*_PAIR, "connector", "outcome"),
+    (*_LINK, "outcome"),
+)
+KV_FAILURES = Metric(
+    "pdcluster_kv_transfer_failures_total",
+    Kind.COUNTER,
+    "Of those, transfers whose blocks did not get to decode, by cause: prefill-failed, pull-failed "
+    "(decode's engine answered an error), decode-failed, hung, drained, refused (by an engine), "
+    "given-up (the client left, or its time was up), expired, lost.",
+    "kv.coordinator",
+    (*_LINK, "cause"),
 )
 KV_LEASES_OPEN = Metric(
     "pdcluster_kv_leases_open",
@@ -205,7 +216,7 @@ KV_LEASE = Metric(
     Kind.HISTOGRAM,
     "From prefill's answer to the end of the transfer, however it ended.",
     "kv.coordinator",
-    ("connector",),
+    _LINK,
     "s",
 )
 KV_RELEASE_FAILURES = Metric(
@@ -222,7 +233,7 @@ KV_MISMATCHES = Metric(
     "kv.coordinator",
     _PAIR,
 )
-KV = (KV_TRANSFERS, KV_LEASES_OPEN, KV_LEASE, KV_RELEASE_FAILURES, KV_MISMATCHES)
+KV = (*(KV_TRANSFERS, KV_FAILURES, KV_LEASES_OPEN, KV_LEASE, KV_RELEASE_FAILURES, KV_MISMATCHES),)
 
 # Controller
 

@@ -6,7 +6,6 @@ the rest is counted here. Declared in `catalogue`.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -111,15 +110,11 @@ def _samples(now: Now) -> Iterator[Sample]:
     yield Sample(catalogue.SNAPSHOT_VERSION, (), now.snapshot_version)
     for why, count in now.refused.items():
         yield Sample(catalogue.REFUSED, (why,), count)
-    tokens: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for pair in now.pairs:
         key = (pair.prefill, pair.decode)
         yield Sample(catalogue.PAIR_REQUESTS, key, pair.arrived)
         yield Sample(catalogue.TTFT, key, pair.ttft_s)
         yield Sample(catalogue.TPOT, key, pair.tpot_s)
-        parts = (pair.prompt_tokens, pair.held_tokens, pair.answer_tokens)
-        tokens[pair.decode] = [a + b for a, b in zip(tokens[pair.decode], parts, strict=True)]
-    for pool, (prompt, held, answer) in tokens.items():
-        yield Sample(catalogue.PROMPT_TOKENS, (pool,), prompt)
-        yield Sample(catalogue.HELD_TOKENS, (pool,), held)
-        yield Sample(catalogue.ANSWER_TOKENS, (pool,), answer)
+        yield Sample(catalogue.PROMPT_TOKENS, key, pair.prompt_tokens)
+        yield Sample(catalogue.HELD_TOKENS, key, pair.held_tokens)
+        yield Sample(catalogue.ANSWER_TOKENS, key, pair.answer_tokens)

@@ -62,6 +62,7 @@ EXPECTED = [
     ("How many answers went on elsewhere?", 0.0, STREAMS),
     ("What goes wrong?", 0.0, STREAMS),
     ("How many bytes move per second?", 1000.0, 1e9),
+    ("How many bytes does each link carry?", 1000.0, 1e9),
     ("What share of blocks need not move?", 0.05, 1.0),
     ("How many blocks are pulled, and how many skipped?", 0.0, 1e4),
     ("Do transfers end well?", 0.5, 1.0),

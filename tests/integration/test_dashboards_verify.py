@@ -42,7 +42,7 @@ def program():
 EXPECTED = {
     "Is every wanted replica ready?": 1.0,
     "Are requests answered?": 0.5,
-    "What share of prompts does decode hold already?": 1.0,
+    "What share of prompts does decode hold already?": 0.5,
     "What share of blocks need not move?": 0.5,
     "Do transfers end well?": 0.5,
     "Which links lose transfers?": 0.5,

@@ -149,6 +149,45 @@ def test_prometheus_parses_every_query(promtool, tmp_path):
     assert f"{len(EXPRESSIONS)} rules found" in done.stdout
 
 
+def test_bytes_of_a_decode_pool_are_shared_out_over_its_links(promtool, tmp_path):
+    """By the tokens that were not held: 3 to 1 for what `d` pulls, all of it for what `e` pulls."""
+
+    def grows(name, labels, per_s):
+        return {"series": f'{name}{{cluster="c", {labels}}}', "values": f"0+{5 * per_s}x30"}
+
+    def link(prefill, decode, prompt, held):
+        labels = f'prefill_pool="{prefill}", decode_pool="{decode}"'
+        return (
+            grows("pdcluster_gateway_prompt_tokens_total", labels, prompt),
+            grows("pdcluster_gateway_held_tokens_total", labels, held),
+        )
+
+    def pulled(pool, worker, per_s):
+        labels = f'pool="{pool}", worker="{pool}/{worker}"'
+        return grows("pdcluster_worker_kv_bytes_pulled_total", labels, per_s)
+
+    series = [
+        *(*link("p", "d", 50, 20), *link("q", "d", 30, 20), *link("p", "e", 9, 0)),
+        *link("", "d", 1000, 0),  # computed by decode itself: over no link
+        *(pulled("d", 0, 100), pulled("d", 1, 300), pulled("e", 0, 70)),
+    ]
+    expected = {("p", "d"): 300, ("q", "d"): 100, ("p", "e"): 70}
+    (panel,) = [p for p in PANELS.values() if p.asks == "How many bytes does each link carry?"]
+    asked = {
+        "expr": promql.filled(panel.queries[0].expr, VALUES | {c.label: ".*" for c in CHOICES}),
+        "eval_time": "120s",
+        "exp_samples": [
+            {"labels": f'{{prefill_pool="{p}", decode_pool="{d}"}}', "value": value}
+            for (p, d), value in expected.items()
+        ],
+    }
+    case = {"interval": "5s", "input_series": series, "promql_expr_test": [asked]}
+    tests = tmp_path / "links.yml"
+    tests.write_text(yaml.safe_dump({"evaluation_interval": "5s", "tests": [case]}))
+    done = subprocess.run([promtool, "test", "rules", tests], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_prometheus_takes_its_configuration(promtool):
     done = subprocess.run(
         [promtool, "check", "config", "--syntax-only", KEPT / "prometheus" / "prometheus.yml"],

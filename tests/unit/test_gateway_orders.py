@@ -16,6 +16,7 @@ from cluster.gateway.orders import KINDS, Passage
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.kv.coordinator import Coordinator
 from cluster.kv.dialects import Fields, Order
+from cluster.kv.lease import Failure
 from cluster.observe.kv_metrics import KvMetrics
 from cluster.snapshot import Fingerprint, Link, WorkerView
 
@@ -109,7 +110,8 @@ class Rig:
         self.happened.append(f"{name} done")
 
     async def close(self, passage: Passage[str]) -> None:
-        await passage.close(lambda: self.happened.append("answer closed"))
+        closed = "answer closed"
+        await passage.close(lambda: self.happened.append(closed), Failure.GIVEN_UP)
         await asyncio.sleep(0)  # what is to happen when a call is over, happens
 
     @property

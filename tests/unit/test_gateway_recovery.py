@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from cluster.errors import EngineFailed
 from cluster.gateway.errors import EngineLeft, EngineLost, EngineNotReached, is_mark
-from cluster.gateway.recovery import Cause, Ended, Stage, Tries, after, attempt_budget_s
+from cluster.gateway.recovery import (
+    Cause,
+    Ended,
+    Stage,
+    Tries,
+    after,
+    attempt_budget_s,
+    transfer_failure,
+)
 from cluster.gateway.route import Route
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.snapshot import Link, WorkerView
@@ -60,6 +68,21 @@ def test_server_error_of_decode_that_was_to_pull_is_blamed_on_the_pull():
     tries = after(Tries(2), PAIR, failed(Stage.DECODE, ERROR))
     assert (tries.excluded, tries.why) == ({P.id}, "pull-failed")
     assert tries.may_go_on
+
+
+@pytest.mark.parametrize(
+    ("ended", "cause"),
+    [
+        (failed(Stage.PREFILL, ERROR), "prefill-failed"),
+        (failed(Stage.DECODE, ERROR), "pull-failed"),
+        (failed(Stage.DECODE, DEAD), "decode-failed"),
+        (failed(Stage.DECODE, LATE), "decode-failed"),
+        (Ended(Cause.HUNG, Stage.PREFILL, LEFT), "hung"),
+        (Ended(Cause.DRAINED, Stage.DECODE, LEFT), "drained"),
+    ],
+)
+def test_blocks_that_do_not_come_have_one_cause(ended, cause):
+    assert transfer_failure(ended).value == cause
 
 
 @pytest.mark.parametrize("error", [LOST, DEAD, LATE])

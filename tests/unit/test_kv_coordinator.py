@@ -17,7 +17,7 @@ from cluster.errors import EngineFailed, KvMismatch, PeerGone
 from cluster.identity import Role, WorkerId, WorkerState
 from cluster.kv.coordinator import Coordinator, Transfer
 from cluster.kv.dialects import Order
-from cluster.kv.lease import ENDED, State
+from cluster.kv.lease import ENDED, Failure, State
 from cluster.observe.kv_metrics import KvMetrics
 from cluster.snapshot import Fingerprint, Link, Snapshot, WorkerView
 
@@ -79,6 +79,16 @@ class Rig:
             "outcome": outcome,
         }
         return self.registry.get_sample_value("pdcluster_kv_transfers_total", labels) or 0.0
+
+    def failures(self, connector: str = "nixl") -> dict[str, float]:
+        """Those there were, by cause."""
+        link = {"prefill_pool": "prefill", "decode_pool": "decode", "connector": connector}
+        name = "pdcluster_kv_transfer_failures_total"
+        found = {
+            cause.value: self.registry.get_sample_value(name, {**link, "cause": cause.value})
+            for cause in Failure
+        }
+        return {cause: count for cause, count in found.items() if count}
 
     def gauge(self) -> float:
         labels = {"prefill_pool": "prefill"}
@@ -151,10 +161,11 @@ async def test_an_abandoned_transfer_is_released_at_once_however_far_it_got(
         transfer.prefilled(ANSWER)
     if far == "pulling":
         await transfer.decode_fields()
-    transfer.abandon("the client left")
+    transfer.abandon(Failure.GIVEN_UP)
     await settle()
     assert rig.releaser.calls == [(WorkerId("prefill", 0, 1), ["r1"])]
     assert (rig.count("released"), rig.coordinator.open_leases(), rig.gauge()) == (1, 0, 0)
+    assert rig.failures() == {"given-up": 1}
 
 
 async def test_only_the_first_end_counts(rig: Rig) -> None:
@@ -162,10 +173,11 @@ async def test_only_the_first_end_counts(rig: Rig) -> None:
     transfer.prefilled(ANSWER)
     await transfer.decode_fields()
     transfer.finish()
-    transfer.abandon("late")
+    transfer.abandon(Failure.GIVEN_UP)
     transfer.finish()
     await settle()
     assert (rig.count("pulled"), rig.count("released"), rig.releaser.calls) == (1, 0, [])
+    assert rig.failures() == {}
 
 
 async def test_an_answer_with_nothing_to_pull_is_an_engine_failure(rig: Rig) -> None:
@@ -173,7 +185,7 @@ async def test_an_answer_with_nothing_to_pull_is_an_engine_failure(rig: Rig) -> 
     with pytest.raises(EngineFailed, match="nothing to pull"):
         transfer.prefilled({"choices": []})
     assert transfer.state is State.OFFERED
-    transfer.abandon("prefill answered wrongly")
+    transfer.abandon(Failure.GIVEN_UP)
     assert transfer.state is State.RELEASED
 
 
@@ -183,9 +195,10 @@ async def test_a_lease_that_ran_out_is_not_offered_to_decode(rig: Rig) -> None:
     rig.clock.now_s += 30.0
     with pytest.raises(EngineFailed, match="lease of 30 s ran out before decode was asked"):
         await transfer.decode_fields()
-    transfer.abandon("ran out")
+    transfer.abandon(Failure.GIVEN_UP)
     await settle()
     assert (rig.count("expired"), rig.coordinator.open_leases(), rig.releaser.calls) == (1, 0, [])
+    assert rig.failures() == {"expired": 1}
 
 
 async def test_heartbeats_keep_a_nixl_lease_while_decode_has_the_request(rig: Rig) -> None:
@@ -214,9 +227,10 @@ async def test_a_replaced_prefill_worker_takes_its_transfers_with_it(rig: Rig) -
     assert old.state is State.LOST
     with pytest.raises(PeerGone, match="prefill/0 is gone: it was replaced"):
         await old.decode_fields()
-    old.abandon("lost")
+    old.abandon(Failure.GIVEN_UP)
     await settle()
     assert rig.releaser.calls == []
+    assert rig.failures() == {"lost": 1}
     assert new.state is State.OFFERED
 
 
@@ -240,6 +254,9 @@ async def test_every_end_of_a_links_transfers_is_shown_from_nought_before_the_fi
     for outcome in ("pulled", "released", "expired", "lost"):
         labels = pair | {"connector": "nixl", "outcome": outcome}
         assert rig.registry.get_sample_value("pdcluster_kv_transfers_total", labels) == 0
+    for cause in Failure:
+        labels = pair | {"connector": "nixl", "cause": cause.value}
+        assert rig.registry.get_sample_value("pdcluster_kv_transfer_failures_total", labels) == 0
     assert rig.registry.get_sample_value("pdcluster_kv_mismatches_total", pair) == 0
 
 
@@ -254,7 +271,7 @@ async def test_unlike_engines_are_refused_before_anything_happens(rig: Rig) -> N
 
 async def test_many_abandoned_at_once_are_released_in_few_calls(rig: Rig) -> None:
     for number in range(1000):
-        begin(rig, f"r{number}").abandon("everybody left")
+        begin(rig, f"r{number}").abandon(Failure.GIVEN_UP)
     await settle()
     assert sorted(rig.releaser.released) == sorted(f"r{number}" for number in range(1000))
     assert len(rig.releaser.calls) <= 5
@@ -262,14 +279,28 @@ async def test_many_abandoned_at_once_are_released_in_few_calls(rig: Rig) -> Non
 
 async def test_a_release_that_fails_is_counted_and_the_next_one_is_sent(rig: Rig) -> None:
     rig.releaser.failure = OSError("actor is dead")
-    begin(rig, "r1").abandon("x")
+    begin(rig, "r1").abandon(Failure.GIVEN_UP)
     await settle()
     rig.releaser.failure = None
-    begin(rig, "r2").abandon("x")
+    begin(rig, "r2").abandon(Failure.GIVEN_UP)
     await settle()
     labels = {"prefill_pool": "prefill"}
     assert rig.registry.get_sample_value("pdcluster_kv_release_failures_total", labels) == 1
     assert rig.releaser.released == ["r1", "r2"]
+
+
+@pytest.mark.parametrize("failure", [Failure.PULL_FAILED, Failure.HUNG, Failure.REFUSED])
+async def test_a_link_and_the_cause_are_told_of_blocks_that_did_not_get_to_decode(
+    rig: Rig, failure: Failure
+) -> None:
+    transfer = begin(rig, link=MOONCAKE)
+    transfer.prefilled(ANSWER)
+    rig.clock.now_s += 2
+    transfer.abandon(failure)
+    transfer.abandon(Failure.GIVEN_UP)
+    assert rig.failures("mooncake") == {failure.value: 1}
+    link = {"prefill_pool": "prefill", "decode_pool": "decode", "connector": "mooncake"}
+    assert rig.registry.get_sample_value("pdcluster_kv_lease_seconds_sum", link) == 2
 
 
 async def test_close_releases_what_is_open_and_waits_for_it(rig: Rig) -> None:
@@ -283,7 +314,7 @@ async def test_close_releases_what_is_open_and_waits_for_it(rig: Rig) -> None:
 
 def test_abandon_without_a_running_loop_does_not_raise() -> None:
     rig = make_rig()
-    begin(rig).abandon("the loop is gone")
+    begin(rig).abandon(Failure.GIVEN_UP)
     assert rig.count("released") == 1
 
 
@@ -304,7 +335,7 @@ async def test_prefill_that_pushes_has_no_lease_and_nothing_to_release(rig: Rig)
     assert (transfer.state, rig.coordinator.open_leases()) == (State.PULLING, 0)
     rig.clock.now_s += 3600  # and none that could run out
     assert rig.coordinator.open_transfers == 1
-    transfer.abandon("the client left")
+    transfer.abandon(Failure.GIVEN_UP)
     await settle()
     assert (rig.releaser.calls, rig.coordinator.open_transfers) == ([], 0)
     assert rig.count("released", "ascend_layerwise") == 1
@@ -315,7 +346,7 @@ async def test_engines_that_meet_in_a_room_end_as_pulled(rig: Rig) -> None:
     rooms = {one.shared_fields()["bootstrap_room"] for one in (first, second)}
     assert len(rooms) == 2
     first.finish()
-    second.abandon("decode failed")
+    second.abandon(Failure.GIVEN_UP)
     await settle()
     assert (rig.count("pulled", "sglang_nixl"), rig.count("released", "sglang_nixl")) == (1, 1)
     assert rig.releaser.calls == []
@@ -434,7 +465,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(transfer=consumes(transfers))
     def abandon(self, transfer: Transfer) -> None:
-        self.within_loop(lambda: transfer.abandon("a test"))
+        self.within_loop(lambda: transfer.abandon(Failure.GIVEN_UP))
         assert transfer.state in ENDED
 
     @rule(seconds=st.sampled_from([1.0, 5.0, 40.0]))

@@ -66,7 +66,8 @@ def a_busy_gateway():
     metrics.render_asks.labels("it has images").inc()
     kv.transfers.labels("p", "d", "nixl", "pulled").inc()
     kv.open.labels("p").set(2)
-    kv.lease_s.labels("nixl").observe(0.02)
+    kv.lease_s.labels("p", "d", "nixl").observe(0.02)
+    kv.failures.labels("p", "d", "nixl", "pull-failed").inc()
     kv.release_failures.labels("p").inc()
     kv.mismatches.labels("p", "d").inc()
     pair = PairTraffic(
@@ -141,7 +142,9 @@ def test_what_gateways_count_for_the_controller_is_what_prometheus_sees():
     assert counts[sum(bound < 0.04 for bound in BUCKETS_S)] == 2
     assert counts[sum(bound < 0.04 for bound in BUCKETS_S) - 1] == 0
     assert counts[sum(bound < 40.0 for bound in BUCKETS_S)] == 3
-    assert value['pdcluster_gateway_prompt_tokens_total{decode_pool="d"}'] == 75
+    prompt = "pdcluster_gateway_prompt_tokens_total"
+    assert value[f"{prompt}{{{pair}}}"] == 70
+    assert value[f'{prompt}{{decode_pool="d",prefill_pool=""}}'] == 5
     assert value['pdcluster_gateway_refused_total{why="full"}'] == 4
 
 

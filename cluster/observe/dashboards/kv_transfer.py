@@ -25,6 +25,17 @@ def _worker(name: str) -> str:
     return rate(everywhere(f"pdcluster_worker_kv_{name}_total", POOL))
 
 
+def _link_bytes() -> str:
+    def tokens(name: str) -> str:
+        return total(pairs(f"pdcluster_gateway_{name}_tokens_total", 'prefill_pool!=""'), *_LINK)
+
+    moved = f"({tokens('prompt')} - {tokens('held')})"
+    of_pool = f"sum by (decode_pool) ({moved})"
+    pulled = f'label_replace({_worker("bytes_pulled")}, "decode_pool", "$1", "pool", "(.+)")'
+    join = "on (decode_pool) group_left ()"
+    return f"{moved} / {join} ({of_pool} > 0) * {join} sum by (decode_pool) ({pulled})"
+
+
 _BYTES_NOW = Panel(
     asks="How many bytes move per second?",
     formula="Bytes per second = sum(rate(pdcluster_worker_kv_bytes_pulled_total)) of the chosen "
@@ -109,15 +120,15 @@ _BLOCKS = Panel(
 
 _LATENCY = Panel(
     asks="How long from prefill's answer to the end of the transfer?",
-    formula="Lease time = histogram_quantile(q, sum by (le, connector) "
-    "(rate(pdcluster_kv_lease_seconds_bucket))): the wait in decode's queue, the pull, and the "
-    "way there.",
+    formula="Lease time of each link = histogram_quantile(q, sum by (le, prefill_pool, "
+    "decode_pool) (rate(pdcluster_kv_lease_seconds_bucket))): the wait in decode's queue, the "
+    "pull, and the way there.",
     do="High with a short queue at decode: the link. A pair's first one includes the handshake.",
     unit=Unit.SECONDS,
     queries=tuple(
         Query(
-            quantile(q, rate(everywhere("pdcluster_kv_lease_seconds_bucket")), "connector"),
-            f"p{q * 100:g} {{{{connector}}}}",
+            quantile(q, pairs("pdcluster_kv_lease_seconds_bucket"), *_LINK),
+            f"p{q * 100:g} {_LINK_LEGEND}",
         )
         for q in (0.5, 0.95)
     ),
@@ -181,6 +192,17 @@ _RATE = Panel(
     queries=(Query(total(pairs(_TRANSFERS), *_LINK), _LINK_LEGEND),),
 )
 
+_LINK_BYTES = Panel(
+    asks="How many bytes does each link carry?",
+    formula="Bytes per second that a decode pool pulls, shared out over its links by the tokens "
+    "that each had to carry = rate(pdcluster_worker_kv_bytes_pulled_total) * "
+    "rate(pdcluster_gateway_prompt_tokens_total - pdcluster_gateway_held_tokens_total) of the link "
+    "/ that of all links to the pool.",
+    do="Compare with what the link can carry. The decode pool with most gets the long prompts.",
+    unit=Unit.BYTES_PER_S,
+    queries=(Query(_link_bytes(), _LINK_LEGEND),),
+)
+
 _OUTCOMES = Panel(
     asks="How do transfers end?",
     formula="Transfers per second by connector and outcome = "
@@ -190,6 +212,25 @@ _OUTCOMES = Panel(
     unit=Unit.PER_S,
     queries=(Query(total(pairs(_TRANSFERS), "connector", "outcome"), "{{connector}} {{outcome}}"),),
     is_stacked=True,
+)
+
+_CAUSES = Panel(
+    asks="Why do blocks not get to decode?",
+    formula="Transfers per second that brought nothing, by link and cause = sum by (prefill_pool, "
+    "decode_pool, cause) (rate(pdcluster_kv_transfer_failures_total)).",
+    do="given-up: clients left. pull-failed on one link: the way between its hosts; on all of one "
+    "pool: its engines' logs. expired: scale decode, or raise `lease_s`.",
+    unit=Unit.PER_S,
+    queries=(
+        Query(
+            or_none(
+                f"{total(pairs('pdcluster_kv_transfer_failures_total'), *_LINK, 'cause')} > 0",
+                "cause",
+            ),
+            f"{{{{cause}}}} {_LINK_LEGEND}",
+        ),
+    ),
+    needs=None,
 )
 
 _FAULTS = Panel(
@@ -228,7 +269,7 @@ BOARD = Board(
     sections=(
         Section("Now", ((_BYTES_NOW, _SKIPPED_SHARE, _PULLED_SHARE),)),
         Section("Volume", ((_BYTES, _BLOCKS), (_LATENCY, _SIZE))),
-        Section("Links", ((_MATRIX, _FAILED_MATRIX), (_RATE, _LEASES))),
-        Section("Failures", ((_OUTCOMES, _FAULTS),)),
+        Section("Links", ((_MATRIX, _FAILED_MATRIX), (_LINK_BYTES, _RATE, _LEASES))),
+        Section("Failures", ((_OUTCOMES, _CAUSES, _FAULTS),)),
     ),
 )

@@ -66,6 +66,7 @@ async def test_client_that_leaves_during_prefill_stops_it(start_engine, start_ga
 
         await tools.eventually(is_free, 5.0)
         assert await gateway.metric("pdcluster_kv_leases_open") == 0
+        assert await gateway.metric("pdcluster_kv_transfer_failures_total", 'cause="given-up"') == 1
 
 
 async def test_dead_prefill_is_replaced_by_another(start_engine, start_gateway, tools):
@@ -124,6 +125,9 @@ async def test_failed_pull_is_made_good_before_the_first_byte(start_engine, star
                 assert response.status == 200
                 assert response.headers["x-pdcluster-route"] == "recompute:pull-failed"
                 assert b"error" not in await response.read()
+        failures = "pdcluster_kv_transfer_failures_total"
+        assert await gateway.metric(failures, 'cause="pull-failed"') == 2
+        assert await gateway.metric(failures) == 2
 
 
 async def test_dead_decode_is_replaced_before_the_first_byte(start_engine, start_gateway, tools):
