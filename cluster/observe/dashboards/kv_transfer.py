@@ -31,7 +31,7 @@ def _link_bytes() -> str:
 
     moved = f"({tokens('prompt')} - {tokens('held')})"
     of_pool = f"sum by (decode_pool) ({moved})"
-    pulled = f'label_replace({_worker("bytes_pulled")}, "decode_pool", "$1", "pool", "(.+)")'
+    pulled = f'label_join({_worker("bytes_pulled")}, "decode_pool", "", "pool")'
     join = "on (decode_pool) group_left ()"
     return f"{moved} / {join} ({of_pool} > 0) * {join} sum by (decode_pool) ({pulled})"
 
