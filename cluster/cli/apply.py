@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from cluster.cli import output
 from cluster.cli.changes import Grace, NoWait, Why, grace_s
-from cluster.cli.follow import FAILED, carry_out
+from cluster.cli.follow import FAILED, carry_out, checked_why
 from cluster.cli.target import Cluster, File, Json, target
 from cluster.control.changes import DEFAULT_GRACE_S, Apply, Plan, PlanStep
 from cluster.errors import InvalidInput, TopologyError
@@ -54,6 +54,7 @@ def apply(
     """
     if not (yes or dry_run) and (json or not sys.stdin.isatty()):
         raise InvalidInput("nobody can be asked here; give --yes, or --dry-run for the plan alone")
+    seconds, why = grace_s(grace), checked_why(why)
     topology = _validated(file)
     at = target(None, cluster) if cluster is not None else target(file, None)
     control = at.control()
@@ -63,7 +64,7 @@ def apply(
             f"{file} cluster_name: found {topology.cluster_name}; the cluster that answers is "
             f"{running}; name its file"
         )
-    ask = Apply(topology.serving, grace_s(grace), not no_surge)
+    ask = Apply(topology.serving, seconds, not no_surge)
     plan = control.plan(topology.serving)
     if not json:
         _draw(plan, running)

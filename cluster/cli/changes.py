@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli import change_view, output
-from cluster.cli.follow import carry_out
+from cluster.cli.follow import carry_out, checked_why
 from cluster.cli.target import Cluster, Json, TopologyFile, target
 from cluster.control.changes import (
     DEFAULT_GRACE_S,
@@ -55,8 +55,8 @@ def scale(
 
     Example: pdcluster scale decode 3
     """
+    ask, why = Scale(pool, replicas, grace_s(grace)), checked_why(why)
     at = target(topology, cluster)
-    ask = Scale(pool, replicas, grace_s(grace))
     carry_out(at, at.control(), ask, why, no_wait=no_wait, json=json)
 
 
@@ -81,9 +81,10 @@ def role(
     """
     if to not in (Role.PREFILL, Role.DECODE):
         raise InvalidInput(f"role: found {to}; write prefill or decode")
+    wanted, seconds, why = _worker(worker), grace_s(grace), checked_why(why)
     at = target(topology, cluster)
     control = at.control()
-    ask = ChangeRole(_worker(control, worker), Role(to), grace_s(grace), restart)
+    ask = ChangeRole(_present(control, wanted), Role(to), seconds, restart)
     carry_out(at, control, ask, why, no_wait=no_wait, json=json)
 
 
@@ -116,22 +117,25 @@ def drain(
 
     Example: pdcluster drain 10.0.0.7
     """
-    at = target(topology, cluster)
-    control = at.control()
-    ask: Ask
+    wanted, seconds, why = None, grace_s(grace), checked_why(why)
     if "/" in what:
         if give_back:
             raise InvalidInput(f"--return is for nodes; {what} is a worker, which comes by itself")
         if force:
             raise InvalidInput(f"--force is for nodes; {what} is a worker")
-        ask = DrainWorker(_worker(control, what), grace_s(grace))
+        wanted = _worker(what)
     elif re.fullmatch(NODE_PATTERN, what) is None:
         raise InvalidInput(
             f"drain: found {what!r}; write POOL/INDEX, as in decode/0, or a node's address or "
             "Ray's id of it"
         )
+    at = target(topology, cluster)
+    control = at.control()
+    ask: Ask
+    if wanted is not None:
+        ask = DrainWorker(_present(control, wanted), seconds)
     else:
-        ask = ReturnNode(what) if give_back else DrainNode(what, grace_s(grace), force)
+        ask = ReturnNode(what) if give_back else DrainNode(what, seconds, force)
     carry_out(at, control, ask, why, no_wait=no_wait, json=json)
 
 
@@ -170,15 +174,19 @@ def grace_s(seconds: float) -> float:
     return seconds
 
 
-def _worker(control: ControlClient, text: str) -> str:
-    """POOL/INDEX of what was typed. A generation, as `status` shows it, must be the present one.
-
-    Raises: InvalidInput."""
+def _worker(text: str) -> WorkerId:
+    """Raises: InvalidInput."""
     try:
-        wanted = WorkerId.parse(text)
+        return WorkerId.parse(text)
     except ValueError as error:
         raise InvalidInput(str(error)) from error
-    if "#" in text:
+
+
+def _present(control: ControlClient, wanted: WorkerId) -> str:
+    """POOL/INDEX of a worker. A generation, as `status` shows it, must be the present one.
+
+    Raises: InvalidInput."""
+    if wanted.generation:
         present = [r.id for r in control.status().workers if r.id.name == wanted.name]
         if wanted not in present:
             now = f"it is {present[-1]} now" if present else "there is none now"

@@ -27,6 +27,8 @@ def chat(
 
     Example: pdcluster chat "What is the capital of France?"
     """
+    if question is None and json:
+        raise typer.BadParameter("--json needs a QUESTION")
     at = target(topology, cluster)
     endpoint = at.endpoint()
     model = at.model or endpoint.model()
@@ -34,8 +36,6 @@ def chat(
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     options = {name: value for name, value in options.items() if value is not None}
     if question is None:
-        if json:
-            raise typer.BadParameter("--json needs a QUESTION")
         _converse(endpoint, model, messages, options)
         return
     messages.append({"role": "user", "content": question})

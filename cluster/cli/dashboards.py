@@ -133,7 +133,7 @@ def verify(
     from cluster.observe import verify as verifying
     from cluster.observe.dashboards.files import BOARDS
 
-    window_s = span_s(window)
+    window_s = span_s(window, "--window")
     url = prometheus or observing.find(topology, cluster).prometheus_url
     checked = asyncio.run(verifying.verify(url, BOARDS, time.time(), window_s))
     allowed = _known(allow_empty or [], checked)

@@ -53,11 +53,11 @@ def events(
         found = control.events(seen, LONGEST_WAIT_S)
 
 
-def span_s(text: str) -> float:
-    """Seconds of `30s`, `10m`, `2h`, `1d`. Raises: InvalidInput."""
+def span_s(text: str, option: str = "--since") -> float:
+    """Seconds of `30s`, `10m`, `2h`, `1d`, as `option` has them. Raises: InvalidInput."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
     if match is None:
-        raise InvalidInput(f"--since: found {text}; write a span, as in 30s, 10m, 2h or 1d")
+        raise InvalidInput(f"{option}: found {text}; write a span, as in 30s, 10m, 2h or 1d")
     return float(match[1]) * _UNIT_S[match[2]]
 
 

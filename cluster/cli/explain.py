@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from cluster.cli import output
 from cluster.cli.target import Cluster, Json, TopologyFile, target
+from cluster.errors import InvalidInput
 
 
 def explain(
@@ -24,7 +26,13 @@ def explain(
     Example: pdcluster explain 38a9c8731d56499e9a082
     """
     from cluster.cli import request_view
+    from cluster.request_records import REQUEST_ID
 
+    if re.fullmatch(REQUEST_ID, request_id) is None:
+        raise InvalidInput(
+            f"request_id: found {request_id!r}; write the x-request-id of an answer: 1 to 96 "
+            "letters, digits, `.`, `_`, `:` or `-`"
+        )
     explained = target(topology, cluster).control().explain(request_id)
     if json:
         output.print_json(asdict(explained))

@@ -25,6 +25,14 @@ _POLL_S = 0.3
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
+def checked_why(why: str) -> str:
+    """What was typed for --why. Raises: InvalidInput."""
+    if len(why) > MOST_WHY_CHARACTERS or re.fullmatch(WHY_PATTERN, why) is None:
+        most = f"one line of at most {MOST_WHY_CHARACTERS} characters"
+        raise InvalidInput(f"--why: found {len(why)} characters, or several lines; write {most}")
+    return why
+
+
 def carry_out(
     at: Target,
     control: ControlClient,
@@ -37,12 +45,9 @@ def carry_out(
 ) -> None:
     """Ask, wait, show. `plan`: of an Apply; JSON has it beside the change.
 
-    Raises: InvalidInput: refused, or `why`; ClusterError: the controller does not answer, or does
+    Raises: InvalidInput: refused; ClusterError: the controller does not answer, or does
     not know the change any more; typer.Exit with code 1: it failed, or a later one took its place.
     Cancel: Ctrl-C ends the waiting, with exit code 130; the change goes on."""
-    if len(why) > MOST_WHY_CHARACTERS or re.fullmatch(WHY_PATTERN, why) is None:
-        most = f"one line of at most {MOST_WHY_CHARACTERS} characters"
-        raise InvalidInput(f"--why: found {len(why)} characters, or several lines; write {most}")
     try:
         change = control.ask(ask, why)
     except KeyboardInterrupt:

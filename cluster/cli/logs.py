@@ -38,11 +38,11 @@ def logs(
 
     Example: pdcluster logs decode/0 -f
     """
-    at = target(topology, cluster)
     try:
         wanted = WorkerId.parse(worker)
     except ValueError as error:
         raise InvalidInput(str(error)) from error
+    at = target(topology, cluster)
     # All here means one node, whose replicas have no other ranks than 0.
     log = _newest_log(at.cluster, wanted) if _is_all_here(at) and not rank else None
     if log is None:

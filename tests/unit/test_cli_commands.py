@@ -101,13 +101,30 @@ def test_faults_come_as_json_too(invalid, capsys, command):
         ["logs", "decode/0", "--topology", VALID, "--cluster", "x"],
     ],
 )
-def test_a_wrong_command_line_exits_2(words, home):
-    from cluster.launcher import running
-    from cluster.settings import ClusterPaths
-
-    if words == ["chat", "--json"]:
-        running.write(ClusterPaths("c"), at())
+def test_a_wrong_command_line_exits_2(words):
     assert run(words) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["explain", "a b"], "request_id: found 'a b'"),
+        (["explain", "x" * 97], "1 to 96 letters"),
+        (["logs", "decode"], "'decode' is not a worker; write POOL/INDEX"),
+        (["role", "decode", "prefill"], "'decode' is not a worker; write POOL/INDEX"),
+        (["role", "decode/0", "mixed"], "role: found mixed; write prefill or decode"),
+        (["drain", "decode/x"], "'decode/x' is not a worker"),
+        (["drain", "a b"], "drain: found 'a b'"),
+        (["drain", "decode/0", "--grace", "nan"], "--grace: found nan"),
+        (["scale", "decode", "2", "--grace", "-1"], "--grace: found -1"),
+        (["scale", "decode", "2", "--why", "two\nlines"], "--why: found 9 characters"),
+        (["events", "--since", "soon"], "--since: found soon"),
+        (["dashboards", "verify", "--window", "soon"], "--window: found soon"),
+    ],
+)
+def test_a_wrong_value_is_named_and_exits_2_before_a_cluster_is_looked_for(words, said, capsys):
+    assert run(words) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
