@@ -213,6 +213,46 @@ def test_a_changed_file_is_planned_and_then_rolled_out_while_requests_run(
     assert "nothing to change" in operator.run("apply", path, "--dry-run").stdout
 
 
+def test_a_rollout_whose_new_engines_do_not_start_goes_back_by_itself(
+    operator, edited, undisturbed
+):
+    def edit(serving):
+        serving["pools"][1]["interpreter"] = "/bin/false"
+
+    before, path = operator.ready(), edited(edit)
+    with operator.clients() as clients:
+        failed = operator.run("apply", path, "--yes", exit_code=1)
+    assert "failed: apply a topology: replace 1 worker of decode" in failed.stdout
+    assert "the engine ended while starting: exit code 1" in failed.stdout
+    assert "all is as it was before" in failed.stdout
+    assert operator.ready() == before
+    assert_whole(clients, undisturbed, operator)
+    # What it went back to is what a restarted controller would follow, too.
+    assert operator.run("apply", path, "--dry-run", exit_code=3)
+    assert (
+        "nothing to change"
+        in operator.run("apply", str(operator.cluster.topology), "--dry-run").stdout
+    )
+
+
+def test_a_node_without_which_nobody_would_answer_is_drained_by_force_and_returned(operator):
+    before = operator.ready()
+    refused = operator.run("drain", "127.0.0.1", exit_code=2)
+    assert "nobody would" in refused.stderr
+    assert "--force" in refused.stderr
+    assert operator.ready() == before
+    drained = operator.json("drain", "127.0.0.1", "--force", "--grace", "0", "--why", "new disk")
+    assert drained["state"] == "done"
+    assert operator.ready() == {}
+    assert operator.home.actor(operator.cluster.name, "WorkerActor") == []
+    returned = operator.json("drain", "127.0.0.1", "--return")
+    assert returned["state"] == "done"
+    operator.cluster.wait_for(lambda status: len(operator.ready()) == len(before))
+    after = operator.ready()
+    assert after.keys() == before.keys()
+    assert not set(after.values()) & set(before.values())
+
+
 def test_what_a_running_cluster_cannot_be_given_is_named_with_what_to_do(operator, edited):
     def edit(serving):
         serving["gateway"]["port"] += 1
