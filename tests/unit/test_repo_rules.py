@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+(CONTRACT,) = PYPROJECT["tool"]["importlinter"]["contracts"]
 MODULES = sorted((ROOT / "cluster").rglob("*.py"))
 SCRIPTS = sorted(
     path
@@ -77,6 +79,25 @@ def test_every_script_parses_runs_strictly_and_may_be_executed(path):
     subprocess.run(["bash", "-n", path], check=True)
     assert re.search(r"^set -e?uo pipefail$", path.read_text(), re.MULTILINE)
     assert path.stat().st_mode & 0o111
+
+
+def test_every_room_is_in_the_contract_on_imports_and_on_the_page_of_rooms():
+    rooms = {
+        path.stem for path in (ROOT / "cluster").iterdir() if path.suffix == ".py" or path.is_dir()
+    } - {"__init__", "__pycache__", "py"}
+    assert rooms == set(CONTRACT["layers"])
+    order = re.sub(r"\s+", " ", (ROOT / "CONTRIBUTING.md").read_text())
+    assert f"`{' > '.join(CONTRACT['layers'])}`" in order
+    page = (ROOT / "docs/architecture.md").read_text()
+    assert {room for room in rooms if f"`{room}`" not in page} == set()
+
+
+def test_files_that_the_page_of_architecture_names_exist():
+    page = (ROOT / "docs/architecture.md").read_text()
+    named = set(re.findall(r"`([a-z_/]+\.py)`", page))
+    missing = {name for name in named if not any((ROOT / "cluster").rglob(name))}
+    assert len(named) > 10
+    assert missing == set()
 
 
 def test_ci_runs_the_two_commands_of_the_readme():
