@@ -55,6 +55,44 @@ def test_the_file_overrides_every_key_and_keeps_the_rest(tmp_path: Path):
     }
 
 
+def paths(value: Any, before: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every key of nested mappings that holds something else than a mapping."""
+    if not isinstance(value, dict):
+        return [before]
+    return [path for key, part in value.items() for path in paths(part, (*before, key))]
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_key_of_every_preset_can_be_overridden_alone(name: str):
+    def merged(stated: dict[str, Any]) -> Any:
+        pool = {"name": "pool", "preset": name, **stated}
+        return presets.applied({"model": {"id": "m"}, "pools": [pool]})[0]["pools"][0]
+
+    def at(value: Any, path: tuple[str, ...]) -> Any:
+        for key in path:
+            value = value[key]
+        return value
+
+    known = paths(dict(presets.preset(name).pool))
+    before = merged({})
+    assert len(known) > 3
+    for path in known:
+        stated: Any = "mine"
+        for key in reversed(path):
+            stated = {key: stated}
+        after = merged(stated)
+        assert at(after, path) == "mine", path
+        assert all(at(after, other) == at(before, other) for other in known if other != path), path
+
+
+def test_a_flag_that_takes_json_keeps_what_the_file_leaves_of_it(tmp_path: Path):
+    stated = "engine_args: {additional_config: {mine: 1}, compilation-config: null}"
+    args = serving(tmp_path, stated).pools[0].engine_args
+    assert args["additional_config"] == {"multistream_overlap_shared_expert": True, "mine": 1}
+    assert "additional-config" not in args
+    assert args["compilation-config"] is None
+
+
 @pytest.mark.parametrize(
     ("key", "left"),
     [("max_num_seqs: null", "max_num_seqs"), ("speculative: null", "speculative")],

@@ -86,9 +86,7 @@ def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = copy.deepcopy(dict(base))
     for key, value in own.items():
         if key == _FLAGS and isinstance(value, dict):
-            stated = {_spelled(name) for name in value}
-            below = merged.get(key, {}).items()
-            merged[key] = {k: v for k, v in below if _spelled(k) not in stated} | value
+            merged[key] = _flags_over(merged.get(key, {}), value)
         elif value is None and key in base:
             del merged[key]
         elif isinstance(value, dict) and isinstance(merged.get(key), dict):
@@ -96,6 +94,20 @@ def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
+
+
+def _flags_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """As `_over`, but a flag may be spelled otherwise, and its null stays. Flags that take JSON are
+    mappings like any other."""
+    below = {_spelled(flag): value for flag, value in base.items()}
+    stated = {_spelled(flag) for flag in own}
+    kept = {flag: value for flag, value in base.items() if _spelled(flag) not in stated}
+    for flag, value in own.items():
+        under = below.get(_spelled(flag))
+        if isinstance(value, dict) and isinstance(under, dict):
+            value = _over(under, value)
+        kept[flag] = value
+    return kept
 
 
 def _spelled(flag: Any) -> str:
