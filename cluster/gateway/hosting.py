@@ -81,7 +81,6 @@ class GatewayReplica:
     Ray restarts does not wait for anybody to tell it to."""
 
     def __init__(self, config: GatewayConfig) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         self._config = config
         self._server = uvicorn.Server(_uvicorn_config(_app(config)))
         self._serving = asyncio.get_event_loop().create_task(self._serve(), name="gateway")
@@ -275,6 +274,10 @@ def _serve_app(cluster: str) -> str:
 def _app(config: GatewayConfig) -> Gateway:
     import ray
 
+    # Serve gives its own loggers a handler, and ours none. Where the root has one, its level is
+    # left to whoever gave it.
+    logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("cluster").setLevel(logging.INFO)
     replica = uuid.uuid4().hex
     return create_app(
         config,

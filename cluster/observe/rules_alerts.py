@@ -72,7 +72,7 @@ ALERTS = (
         "Its engine answers or not, but has made no token for `health.hung_after_s`. Its requests "
         "go on elsewhere, and it is replaced; if this lasts, replacing it does not succeed.",
         "`pdcluster logs {{ $labels.worker }}`; the node's accelerators (nvidia-smi, npu-smi).",
-        "If the node is ill: `pdcluster drain --node NODE`.",
+        "If the node is ill: `pdcluster drain NODE`.",
     ),
     Alert(
         "PdclusterWorkerKeepsFailing",
@@ -83,7 +83,7 @@ ALERTS = (
         "More than two were restarted within 15 minutes.",
         "`pdcluster status` (failed workers and their last words), `pdcluster events`.",
         "Out of memory: lower `kv_cache_gib` or `max_num_seqs`. After a change: apply the topology "
-        "of before. On one node only: `pdcluster drain --node NODE`.",
+        "of before. On one node only: `pdcluster drain NODE`.",
     ),
     Alert(
         "PdclusterTargetDown",
@@ -106,7 +106,7 @@ ALERTS = (
         "More than 1 % of the answers are server errors",
         "Clients see 5xx although requests are tried again and recovered.",
         "`pdcluster events`; pdcluster_gateway_engine_failures_total by pool and stage; the "
-        "gateway's log names each failed request with its id.",
+        "gateways' logs (docs/operations.md) name each failed request with its id.",
         "One pool stands out: look at its workers' logs, and drain the ill one. 503 alone: there "
         "is no room; scale up.",
     ),

@@ -72,7 +72,7 @@ _ANSWERED = Panel(
     asks="Are requests answered?",
     formula="1 - answers with a 5xx status / all answers = of pdcluster_gateway_requests_total, "
     "per second. Refusals for want of room (429) and clients that left (499) are no failures.",
-    do="Below 99.9 % look at What goes wrong, and `pdcluster logs gateway`.",
+    do="Below 99.9 % look at What goes wrong, and `pdcluster events`.",
     unit=Unit.SHARE,
     queries=(
         Query(
