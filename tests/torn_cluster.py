@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import signal
 import sys
@@ -136,10 +137,20 @@ class Torn:
         async with self.session.post(f"{worker.url}/simulate/fault", json=faults) as answer:
             answer.raise_for_status()
 
-    async def endpoint_says(self, path: str, body: dict[str, object]) -> tuple[int, str, str]:
+    async def endpoint_says(
+        self, path: str, body: dict[str, object], request_id: str = ""
+    ) -> tuple[int, str, str]:
         """Status, retry-after and text of one request."""
-        async with self.session.post(path, json=body) as answer:
+        headers = {"x-request-id": request_id} if request_id else {}
+        async with self.session.post(path, json=body, headers=headers) as answer:
+            assert answer.headers["x-request-id"] == request_id or not request_id
             return answer.status, answer.headers.get("retry-after", ""), await answer.text()
+
+    def logged(self) -> str:
+        """All lines of gateways, controller and worker actors, where docs/operations.md says."""
+        running = json.loads((self.home.state / "running.json").read_text())
+        folder = Path(running["own_ray"]["folder"]) / "session_latest/logs"
+        return "".join(file.read_text() for file in folder.glob("worker-*.err"))
 
 
 def kill(pid: int | None) -> float:

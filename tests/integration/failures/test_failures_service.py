@@ -35,11 +35,13 @@ async def test_without_a_decode_worker_the_truth_is_told_at_once_and_service_com
     assert len(wrong) == 8
     assert all(said.startswith("error") and "nobody else can go on" in said for said in wrong)
     asked_s = time.monotonic()
-    status, retry_after, text = await cluster.endpoint_says(CHAT, HELLO)
+    status, retry_after, text = await cluster.endpoint_says(CHAT, HELLO, "asked-in-vain")
     assert time.monotonic() - asked_s < AT_ONCE_S
     assert status == 503
     assert int(retry_after) >= 1
     assert json.loads(text)["error"]["code"] == "no_worker_available"
+    line = f"request asked-in-vain failed path={CHAT} status=503"
+    await until(lambda: line in cluster.logged())
 
     async def is_served() -> bool:
         return (await cluster.endpoint_says(CHAT, HELLO))[0] == 200
