@@ -22,6 +22,7 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from chaos_run import clusters
+from chaos_run import log_disk as log_disk
 from chaos_run.asks import CHAT, COMPLETIONS, Ask
 from chaos_run.home import Home
 from chaos_run.reference import OwnEngine

@@ -14,12 +14,11 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import aiohttp
 import psutil
 
-from chaos_run import shape
+from chaos_run import log_disk, shape
 from chaos_run.home import CommandFailed, Home
 from chaos_run.schedule import ENDS_ENGINE, PLANNED, STANDS_STILL, Kind, Planned
 from chaos_run.targets import LOOK_EVERY_S, Targets
@@ -34,7 +33,6 @@ from cluster.workers.report import WorkerReport
 _TOLD_WITHIN_S = 3.0
 _FAULT_LASTS_S = 2.0
 _DISK_FULL_S = 4.0
-_FILL_BYTES = 1 << 16
 _DRAIN_GRACE_S = 5
 
 
@@ -123,7 +121,7 @@ class Faults:
         await asyncio.gather(*self._watching, return_exceptions=True)
         for pid in list(self._stopped):
             self._go_on(pid)
-        self._filler.unlink(missing_ok=True)
+        log_disk.make_room(self._home)
 
     # Workers
 
@@ -134,7 +132,7 @@ class Faults:
         assert pid is not None
         self.targets.hurt.add(name)
         if kind is Kind.DISK_FULL:
-            await asyncio.to_thread(self._fill_disk)
+            await asyncio.to_thread(log_disk.fill, self._home)
         done = self._begin(planned, name)
         if kind in (Kind.KILL_PREFILL, Kind.KILL_DECODE, Kind.DISK_FULL):
             _kill(pid)
@@ -342,21 +340,10 @@ class Faults:
     async def _command(self, *words: str) -> str:
         return await asyncio.to_thread(self._home.command, *words, "--cluster", self._home.cluster)
 
-    # The disk under the logs
-
-    @property
-    def _filler(self) -> Path:
-        return self._home.logs / "filler"
-
-    def _fill_disk(self) -> None:
-        with contextlib.suppress(OSError), self._filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(_FILL_BYTES))
-
     async def _make_room(self, kind: Kind) -> None:
         if kind is Kind.DISK_FULL:
             await asyncio.sleep(_DISK_FULL_S)
-            self._filler.unlink(missing_ok=True)
+            log_disk.make_room(self._home)
 
     # Waiting
 

@@ -8,19 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
-import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import aiohttp
 
-from chaos_run import asks, clusters
+from chaos_run import asks, clusters, log_disk
 from chaos_run.faults import Done, Faults
 from chaos_run.home import CommandFailed, Home
 from chaos_run.reference import OwnEngine, Reference, Told
@@ -30,7 +28,6 @@ from chaos_run.targets import NotRecovered, Targets
 from chaos_run.traffic import Record, Traffic, perform
 
 _CONTEXT_TOKENS = 16_384
-_LOG_DISK_MIB = 8
 _WARM_S = 4.0
 _BACK_TO_BASELINE_S = 30.0
 _LOOK_EVERY_S = 0.5
@@ -73,7 +70,7 @@ async def run(options: Options, say: Callable[[str], None]) -> Run:
     outcome = Run(options)
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
         home = _home(Path(folder), options.engines)
-        with _log_disk(home) as has_disk:
+        with log_disk.mounted(home) as has_disk:
             if not has_disk:
                 outcome.left_out.append(f"{Kind.DISK_FULL}: mounting a disk needs root")
             try:
@@ -102,20 +99,6 @@ def _end(home: Home) -> list[str]:
         with contextlib.suppress(CommandFailed):
             home.down()
     return home.close()
-
-
-@contextlib.contextmanager
-def _log_disk(home: Home) -> Iterator[bool]:
-    """A small disk of its own under the logs; whether there is one."""
-    home.logs.mkdir(mode=0o700, parents=True)
-    size = f"size={_LOG_DISK_MIB}m,mode=700"
-    mount = ["mount", "-t", "tmpfs", "-o", size, "pdcluster-logs", str(home.logs)]
-    has_disk = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
-    try:
-        yield has_disk
-    finally:
-        if has_disk:
-            subprocess.run(["umount", "--lazy", str(home.logs)], capture_output=True, check=False)
 
 
 async def _torment(

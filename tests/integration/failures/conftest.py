@@ -15,6 +15,7 @@ from torn_cluster import (
     Torn,
     Traffic,
     clusters,
+    log_disk,
 )
 
 
@@ -23,14 +24,25 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     """A running cluster of its own, whatever becomes of it taken away at the end."""
     topology = clusters.simulated("torn", 2, 3, PREFILL_TOKENS_PER_S)
     home = Home(tmp_path_factory.mktemp("torn"), "torn", topology)
-    try:
-        home.up()
-        yield home
-        home.down()
-        left = [str(process) for process in home.processes()]
-        assert not left
-    finally:
-        home.close()
+    with log_disk.mounted(home):
+        try:
+            home.up()
+            yield home
+            home.down()
+            left = [str(process) for process in home.processes()]
+            assert not left
+        finally:
+            home.close()
+
+
+@pytest.fixture
+def full_log_disk(home: Home) -> Iterator[None]:
+    """No byte more fits under the logs while it lasts."""
+    if not home.logs.is_mount():
+        pytest.skip("a disk of its own under the logs needs root")
+    log_disk.fill(home)
+    yield
+    log_disk.make_room(home)
 
 
 @pytest_asyncio.fixture(loop_scope="session", scope="session")

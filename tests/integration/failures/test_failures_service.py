@@ -8,7 +8,7 @@ import json
 import time
 
 import pytest
-from torn_cluster import held, kill, leaks, until
+from torn_cluster import GOES_ON_WITHIN_S, held, kill, leaks, until
 
 from cluster.identity import WorkerState
 
@@ -107,3 +107,18 @@ async def at_rest(cluster):
         if now.leases_open == now.requests_running == now.gateway_leases_open == 0:
             return now
         await asyncio.sleep(1.0)
+
+
+async def test_streams_do_not_notice_that_the_disk_under_the_logs_is_full(cluster, full_log_disk):
+    streams = await cluster.streams(tokens=100)
+    await streams.all_begun()
+    victim = await cluster.worker(streams.records[0].decode)
+    killed_s = kill(victim.engine_pid)
+    assert await streams.ended() == []
+    assert streams.longest_wait_s(killed_s) < GOES_ON_WITHIN_S
+    # Nor does the engine that comes in its place find room for a line.
+    await cluster.whole()
+    assert await (await cluster.streams()).ended() == []
+    successor = await cluster.worker(victim.id.name)
+    assert successor.id.generation > victim.id.generation
+    assert successor.log_lines_lost > 0
