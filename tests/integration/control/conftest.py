@@ -112,9 +112,24 @@ class Home:
         """Ray actors' processes by their class."""
         return [p for p in self.processes(cluster) if f"ray::{kind}" in " ".join(cmdline(p))]
 
+    def in_ray_folder(self, cluster: str) -> list[tuple[int, list[str]]]:
+        """Processes whose open files, working folder or command line lie in there, marked or not:
+        pid, and command line."""
+        folder = str(self.ray_folder(cluster))
+        found = []
+        for process in psutil.process_iter():
+            links = Path(f"/proc/{process.pid}")
+            with contextlib.suppress(psutil.Error, OSError):
+                argv = process.cmdline()
+                places = [os.readlink(link) for link in (links / "cwd", *(links / "fd").iterdir())]
+                if any(folder in place for place in (*argv, *places)):
+                    found.append((process.pid, argv))
+        return found
+
     def leftovers(self, cluster: str) -> list[str]:
         """What `down` should have taken away: processes, ports, folders, the state file."""
         left = [f"process {p.pid} {cmdline(p)}" for p in self.processes(cluster)]
+        left += [f"process {pid} {argv[:3]}" for pid, argv in self.in_ray_folder(cluster)]
         if (self.state(cluster) / "running.json").exists():
             left.append("running.json")
         runtime = self.folder / "run" / f"pdcluster-{os.getuid()}" / cluster
