@@ -54,7 +54,7 @@ class Home:
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli.main", *args],
+            [sys.executable, "-m", "cluster.cli", *args],
             cwd=ROOT,
             env=self.env,
             text=True,
