@@ -121,7 +121,10 @@ def build(is_debug: bool) -> typer.Typer:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """What cli.__main__ runs. Ends the process with the command's exit code."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    code = run(sys.argv[1:] if argv is None else argv)
+    if code in (interrupt.INTERRUPTED, TERMINATED):
+        interrupt.leave(code)
+    sys.exit(code)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 # Python runs it before anything of ours: whoever comes to FILE:FUNCTION stays there.
 HOLD = """
-import os, sys, time
+import atexit, os, sys, time
 
 path, name = os.environ["HOLD_AT"].split(":")
 
@@ -26,6 +26,8 @@ def hold(frame, event, _):
         time.sleep(600)
 
 sys.setprofile(hold)
+if "CRASH" in os.environ:
+    atexit.register(os.abort)
 """
 
 
@@ -34,6 +36,28 @@ def console_script():
     parsed = tomllib.loads((ROOT / "pyproject.toml").read_text())
     module, _, function = parsed["project"]["scripts"]["pdcluster"].partition(":")
     return f"from {module} import {function}; {function}()"
+
+
+def interrupted_at(place, tmp_path, **env):
+    """Exit code and output of a `status` that gets SIGINT there."""
+    (tmp_path / "sitecustomize.py").write_text(HOLD)
+    process = subprocess.Popen(
+        [sys.executable, "-c", console_script(), "status"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HOLD_AT": place} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # The tests may be a background job, which ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)
+        return process.returncode, *said
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(
@@ -50,24 +74,13 @@ def console_script():
 def test_ctrl_c_ends_with_130_and_without_a_traceback_from_the_first_import_on(
     place, said, tmp_path
 ):
-    (tmp_path / "sitecustomize.py").write_text(HOLD)
-    process = subprocess.Popen(
-        [sys.executable, "-c", console_script(), "status"],
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HOLD_AT": place},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # The tests may be a background job, which ignores it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        assert process.stdout.readline() == "held\n"
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) == ("", said)
-        assert process.returncode == 130
-    finally:
-        process.kill()
-        process.wait()
+    assert interrupted_at(place, tmp_path) == (130, "", said)
+
+
+def test_what_crashes_as_python_ends_does_not_change_the_exit_code_of_ctrl_c(tmp_path):
+    # As Ray does that was interrupted while it connected.
+    found = interrupted_at("cluster/cli/status.py:status", tmp_path, CRASH="1")
+    assert found == (130, "", "interrupted\n")
 
 
 def test_a_job_in_the_background_of_a_shell_goes_on_ignoring_ctrl_c():

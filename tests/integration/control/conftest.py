@@ -210,6 +210,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     (home.folder / "run").mkdir(mode=0o700)
     yield home
     # Whatever failed: nothing of these tests outlives them.
+    for state in (home.folder / "state/pdcluster").glob("*/running.json"):
+        with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+            home.run("down", "--cluster", state.parent.name)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             environ = process.environ()
