@@ -82,7 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.yaml"
         file.write_text(yaml.safe_dump(parsed))
-        pdcluster = [sys.executable, "-m", "cluster.cli.main"]
+        pdcluster = [sys.executable, "-m", "cluster.cli"]
         try:
             started = time.monotonic()
             subprocess.run([*pdcluster, "up", str(file)], check=True, stdout=sys.stderr)

@@ -199,7 +199,7 @@ def main() -> None:
         tmp = Path(folder)
         file = tmp / "bench.yaml"
         file.write_text(yaml.safe_dump(topology()))
-        pdcluster = [sys.executable, "-m", "cluster.cli.main"]
+        pdcluster = [sys.executable, "-m", "cluster.cli"]
         with bare_server(tmp):
             try:
                 subprocess.run([*pdcluster, "up", str(file)], check=True, stdout=sys.stderr)

@@ -127,7 +127,7 @@ def with_cluster(streams: int, at_once: int) -> dict[str, Any]:
         folder = Path(name)
         file = topology(folder)
         env = {**os.environ, "XDG_STATE_HOME": str(folder / "state")}
-        pdcluster = [sys.executable, "-m", "cluster.cli.main"]
+        pdcluster = [sys.executable, "-m", "cluster.cli"]
         try:
             subprocess.run([*pdcluster, "up", str(file)], check=True, stdout=sys.stderr, env=env)
             key = (folder / "state" / "pdcluster" / NAME / "api-key").read_text().strip()

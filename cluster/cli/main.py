@@ -28,6 +28,7 @@ from cluster.cli import (
     events,
     explain,
     files,
+    interrupt,
     lifecycle,
     logs,
     output,
@@ -38,7 +39,7 @@ from cluster.cli import (
 from cluster.cli.target import Json
 from cluster.errors import ClusterError, InvalidInput
 
-FAILED, INVALID, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FAILED, INVALID, TERMINATED = 1, 2, 143
 
 P = ParamSpec("P")
 
@@ -119,8 +120,11 @@ def build(is_debug: bool) -> typer.Typer:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console script. Ends the process with the command's exit code."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    """What cli.__main__ runs. Ends the process with the command's exit code."""
+    code = run(sys.argv[1:] if argv is None else argv)
+    if code in (interrupt.INTERRUPTED, TERMINATED):
+        interrupt.leave(code)
+    sys.exit(code)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -140,6 +144,7 @@ def _guarded(command: Callable[P, None], is_debug: bool) -> Callable[P, None]:
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
+            interrupt.raises()
             command(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
@@ -148,7 +153,7 @@ def _guarded(command: Callable[P, None], is_debug: bool) -> Callable[P, None]:
                 output.err.print_exception()
             output.err.print("interrupted", markup=False)
             is_term = type(error).__name__ == "Terminated"
-            raise typer.Exit(TERMINATED if is_term else INTERRUPTED) from None
+            raise typer.Exit(TERMINATED if is_term else interrupt.INTERRUPTED) from None
         except BrokenPipeError:
             # `pdcluster logs ... | head`. What is still buffered has nowhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -174,7 +179,3 @@ def _tell(error: Exception, is_debug: bool, is_json: bool) -> None:
         output.err.print(note, markup=False)
     if is_json:
         output.print_error_json(error)
-
-
-if __name__ == "__main__":
-    main()

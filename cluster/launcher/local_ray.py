@@ -80,6 +80,11 @@ def prepare_environment(paths: ClusterPaths) -> None:
     os.environ.update(wanted)
 
 
+def owner(cluster: str) -> str:
+    """The mark of the head and of all that Ray starts there."""
+    return f"{cluster}/ray"
+
+
 def start_head(paths: ClusterPaths, serving: ServingSpec, extra_env: Mapping[str, str]) -> Head:
     """Start a Ray head below a supervisor that outlives this process. Returns at once."""
     keys.kept_secret(_token_file(paths))
@@ -92,7 +97,7 @@ def start_head(paths: ClusterPaths, serving: ServingSpec, extra_env: Mapping[str
             _head_command(folder, lease.ports, _cpus(serving)),
             log,
             _environment(paths, extra_env),
-            _owner(paths.cluster),
+            owner(paths.cluster),
             folder,
         )
         own = OwnRay(
@@ -164,7 +169,7 @@ def connected(running: Running) -> Iterator[Any]:
 
 def end_head(own: OwnRay, cluster: str) -> None:
     """End the Ray head and everything below it. Blocks until it is gone. Idempotent."""
-    supervised.end(own, _owner(cluster), 2 * supervised.END_GRACE_S + 5)
+    supervised.end(own, owner(cluster), 2 * supervised.END_GRACE_S + 5)
 
 
 def _head_command(folder: Path, ports: Mapping[str, int], cpus: int) -> tuple[str, ...]:
@@ -206,10 +211,6 @@ def _cpus(serving: ServingSpec) -> int:
         pool.placement.resources.get("CPU", 0.0) * pool.replicas.initial for pool in serving.pools
     )
     return max(os.cpu_count() or 1, math.ceil(asked))
-
-
-def _owner(cluster: str) -> str:
-    return f"{cluster}/ray"
 
 
 def _token_file(paths: ClusterPaths) -> Path:

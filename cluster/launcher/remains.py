@@ -1,7 +1,8 @@
 """What a cluster that ended badly left on this machine, and its removal.
 
 Ours is what carries the owner mark of this cluster and has the same state folder: a cluster of the
-same name under another XDG_STATE_HOME is somebody else's. Nothing is found by its name.
+same name under another XDG_STATE_HOME is somebody else's. And what of Ray writes to our head's
+folder, whose name is made of the state folder's. Nothing is found by its name alone.
 Called by: launcher.up before it starts anything, launcher.down after it has asked nicely.
 """
 
@@ -13,9 +14,10 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from cluster.launcher import local_ray
 from cluster.launcher.running import short_runtime
 from cluster.settings import ClusterPaths
 from cluster.workers import tree
@@ -25,11 +27,7 @@ _GONE_BOUND_S = 10.0
 
 def processes(paths: ClusterPaths) -> list[tree.Process]:
     """Living processes of this cluster, this one not."""
-    return [
-        process
-        for process in tree.marked(f"{paths.cluster}/")
-        if process.pid != os.getpid() and _state_folder(process.pid, paths.cluster) == paths.state
-    ]
+    return [*_marked(paths, f"{paths.cluster}/"), *tree.of_ray_in([str(short_runtime(paths))])]
 
 
 def folders(paths: ClusterPaths) -> list[Path]:
@@ -38,17 +36,20 @@ def folders(paths: ClusterPaths) -> list[Path]:
 
 
 def sweep(paths: ClusterPaths, patience_s: float = 0.0) -> list[tree.Process]:
-    """Kill, unlink and remove all that is left, what does not end by itself within `patience_s`
-    seconds. Blocks, at most some seconds more.
+    """Kill, unlink and remove all that is left: Ray's head at once, of the rest what does not end
+    by itself within `patience_s` seconds. Blocks, at most some seconds more.
 
     Returns who is still there: processes in an uninterruptible system call."""
     patient_until_s = time.monotonic() + patience_s
     while (left := processes(paths)) and time.monotonic() < patient_until_s:
+        # A head that an `up` did not come to note down, so nobody has ended it in order: it would
+        # go on starting. Its agents outlive it, without a mark.
+        _kill(_marked(paths, local_ray.owner(paths.cluster)))
+        _kill(tree.of_ray_in([str(short_runtime(paths))]))
         time.sleep(0.05)
     deadline_s = time.monotonic() + _GONE_BOUND_S
     while left and time.monotonic() < deadline_s:
-        for process in left:
-            tree.send(process, signal.SIGKILL)
+        _kill(left)
         time.sleep(0.02)
         left = processes(paths)
     tree.remove_segments(dict(_segments(paths)))
@@ -58,6 +59,19 @@ def sweep(paths: ClusterPaths, patience_s: float = 0.0) -> list[tree.Process]:
         with contextlib.suppress(OSError):  # another cluster's folder is in it
             parent.rmdir()
     return left
+
+
+def _marked(paths: ClusterPaths, owner: str) -> list[tree.Process]:
+    return [
+        process
+        for process in tree.marked(owner)
+        if process.pid != os.getpid() and _state_folder(process.pid, paths.cluster) == paths.state
+    ]
+
+
+def _kill(processes: Iterable[tree.Process]) -> None:
+    for process in processes:
+        tree.send(process, signal.SIGKILL)
 
 
 def _segments(paths: ClusterPaths) -> Iterator[tuple[str, int]]:

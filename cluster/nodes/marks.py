@@ -2,17 +2,15 @@
 
 Every command that starts something on a bare host runs with PDCLUSTER_OWNER=CLUSTER@hosts/ray in
 its environment, and Ray's processes hand it on. Workers' engines carry a mark of their own,
-CLUSTER/WORKER. Ray's agents and actors set their title over their environment (measured, Ray 2.60:
-/proc/PID/environ is empty lines), so they count as ours by descent, or, as orphans of a raylet
-that died, by the session folder they log to: `note_session` keeps those of this cluster.
+CLUSTER/WORKER. Ray's agents and actors overwrite theirs, so they count as ours by descent, or, as
+orphans of a raylet that died, by the session folder they log to: `note_session` keeps those of this
+cluster.
 What is none of this is somebody else's, and is left alone.
 Standard library only. Called by: nodes.start, nodes.end, nodes.head.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -23,7 +21,6 @@ from cluster.workers import tree
 # Digest of the `ray start` that began a node: the same command again changes nothing.
 START_ENV = "PDCLUSTER_RAY_START"
 _MONITOR = "autoscaler/v2/monitor.py"
-_TITLE = b"ray::"
 
 
 def ray_owner(cluster: str) -> str:
@@ -77,7 +74,9 @@ class Belonging:
 def belonging(cluster: str) -> Belonging:
     """Everything of the cluster on this host, zombies not."""
     workers = _with_descendants(tree.marked(f"{cluster}/"))
-    ray = _with_descendants([*tree.marked(f"{cluster}@hosts/"), *_orphans(cluster)])
+    ray = _with_descendants(
+        [*tree.marked(f"{cluster}@hosts/"), *tree.of_ray_in(_sessions(cluster))]
+    )
     return Belonging({pid: ray[pid] for pid in ray if pid not in workers}, workers)
 
 
@@ -116,21 +115,6 @@ def _with_descendants(roots: Iterable[tree.Process]) -> dict[int, tree.Process]:
             found[root.pid] = root
             found |= {process.pid: process for process in tree.descendants(root.pid)}
     return {pid: process for pid, process in found.items() if process.state != "Z"}
-
-
-def _orphans(cluster: str) -> Iterator[tree.Process]:
-    """Ray's processes without a readable environment that log to a session of this cluster."""
-    sessions = _sessions(cluster)
-    if not sessions:
-        return
-    for process in tree.processes():
-        folder = Path("/proc") / str(process.pid)
-        with contextlib.suppress(OSError):
-            if not (folder / "cmdline").read_bytes().startswith(_TITLE):
-                continue
-            files = (os.readlink(entry) for entry in (folder / "fd").iterdir())
-            if any(file.startswith(f"{session}/") for file in files for session in sessions):
-                yield process
 
 
 def _read(owner: str) -> Iterator[RayProcess]:

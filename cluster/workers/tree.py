@@ -1,7 +1,8 @@
 """Process trees and shared-memory segments, as the kernel shows them in /proc.
 
 A tree is found by descent (`descendants`) or, when nobody is left to descend from, by the owner
-mark that every process of ours carries in its environment (`marked`). A signal goes through a
+mark that every process of ours carries in its environment (`marked`), or, where Ray has overwritten
+that, by the folder it writes to (`of_ray_in`). A signal goes through a
 pidfd after a second look at the process, so that a pid which was given away in between is never
 hit. Called by: workers.supervisor, workers.process, and whoever ends a cluster on this machine.
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 SHM_DIR = "/dev/shm"
 OWNER_ENV = "PDCLUSTER_OWNER"  # settings.OWNER_ENV, without the imports of `settings`
+_RAY_TITLE = b"ray::"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,26 @@ def marked(owner: str) -> list[Process]:
             for entry in entries
         ):
             process = read_process(pid)
+            if process is not None and process.state != "Z":
+                found.append(process)
+    return found
+
+
+def of_ray_in(folders: Iterable[str]) -> list[Process]:
+    """Living processes of Ray that hold a file below one of `folders` open, such as their log.
+
+    Ray's agents and actors set their title over their environment, and so over the owner mark
+    (measured, Ray 2.60: /proc/PID/environ is empty lines). Who else reads a log there has no such
+    title."""
+    below = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
+    found: list[Process] = []
+    for pid in _pids() if below else ():
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/cmdline", "rb") as cmdline:
+                if not cmdline.read().startswith(_RAY_TITLE):
+                    continue
+            files = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+            process = read_process(pid) if any(file.startswith(below) for file in files) else None
             if process is not None and process.state != "Z":
                 found.append(process)
     return found

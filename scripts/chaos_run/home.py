@@ -87,7 +87,7 @@ class Home:
     def command(self, *args: str, within_s: float = 180.0) -> str:
         """What `pdcluster ARGS` prints. Raises: CommandFailed."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli.main", *args],
+            [sys.executable, "-m", "cluster.cli", *args],
             cwd=ROOT,
             env=self.env,
             text=True,

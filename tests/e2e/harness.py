@@ -107,7 +107,7 @@ def pdcluster(
 ) -> subprocess.CompletedProcess[str]:
     """Run the CLI as a user does."""
     done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli.main", *args],
+        [sys.executable, "-m", "cluster.cli", *args],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -106,7 +106,7 @@ def written(path: Path, value: object) -> Path:
 
 def doctor(*words: object) -> tuple[int, dict]:
     done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli.main", "doctor", *map(str, words), "--json"],
+        [sys.executable, "-m", "cluster.cli", "doctor", *map(str, words), "--json"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -225,7 +225,7 @@ def test_interrupted_it_leaves_nothing_on_the_hosts(rack, tmp_path):
     value = yaml.safe_load(rack.read_text())
     for pool in value["metadata"]["serving"]["pools"]:
         pool["interpreter"] = str(slow)
-    command = [sys.executable, "-m", "cluster.cli.main", "doctor", str(written(rack, value))]
+    command = [sys.executable, "-m", "cluster.cli", "doctor", str(written(rack, value))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     try:
         until(lambda: with_argument(mark))

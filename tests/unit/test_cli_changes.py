@@ -305,7 +305,7 @@ def at_a_terminal(words, answer, env):
     pid, fd = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
-        os.execvpe(sys.executable, [sys.executable, "-m", "cluster.cli.main", *words], env)
+        os.execvpe(sys.executable, [sys.executable, "-m", "cluster.cli", *words], env)
     said = b""
     deadline_s = time.monotonic() + 60
     while time.monotonic() < deadline_s:
@@ -334,7 +334,7 @@ def test_at_a_terminal_apply_asks_first(cluster, answer, code, asked):
 
 def test_ctrl_c_ends_the_waiting_and_not_the_change(cluster):
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli.main", "scale", "decode", "3"],
+        [sys.executable, "-m", "cluster.cli", "scale", "decode", "3"],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -403,7 +403,7 @@ def test_events_since_a_span(cluster, capsys, since, seen):
 def test_events_are_followed(cluster):
     cluster.happened = [happened(1, 5, "one")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli.main", "events", "-f", "--json"],
+        [sys.executable, "-m", "cluster.cli", "events", "-f", "--json"],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,

@@ -45,7 +45,7 @@ def invalid(tmp_path):
 def test_help_names_every_command_and_does_not_wait_for_ray():
     begun_s = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "cluster.cli.main", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "cluster.cli", "--help"],
         capture_output=True,
         text=True,
         cwd=ROOT,

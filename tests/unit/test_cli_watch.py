@@ -264,7 +264,7 @@ def test_json_has_the_newest_figures_of_pools_links_and_traffic(there, capsys):
 
 def test_without_a_terminal_there_is_a_frame_each_interval_until_it_is_ended(there):
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli.main", "watch", "--interval", "0.3", "--json"],
+        [sys.executable, "-m", "cluster.cli", "watch", "--interval", "0.3", "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -297,7 +297,7 @@ class Terminal:
         self.child = child
         self.said = ""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli.main", "watch", "--interval", "0.3"],
+            [sys.executable, "-m", "cluster.cli", "watch", "--interval", "0.3"],
             stdin=child,
             stdout=child,
             stderr=child,

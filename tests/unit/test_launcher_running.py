@@ -217,6 +217,27 @@ def test_a_sweep_ends_what_is_marked_and_nothing_else(home):
             sleeper.close()
 
 
+def test_a_sweep_ends_what_of_rays_hides_its_mark_and_spares_who_reads_its_log(home):
+    paths = ClusterPaths("c")
+    folder = running.short_runtime(paths)
+    folder.mkdir(parents=True)
+    with (folder / "agent.log").open("w") as log:
+        agent, reader = (
+            subprocess.Popen([title, "60"], executable="/bin/sleep", env={}, stdout=log)
+            for title in ("ray::DashboardAgent", "less")
+        )
+    try:
+        # Popen returns when the program has been replaced: both have their titles.
+        assert remains.sweep(paths, patience_s=60.0) == []
+        assert agent.wait(5) == -9
+        assert reader.poll() is None
+        assert not folder.exists()
+    finally:
+        for process in (agent, reader):
+            process.kill()
+            process.wait()
+
+
 def test_a_sweep_waits_for_those_that_end_by_themselves(home):
     paths = ClusterPaths("c")
     script = "import time; print('up', flush=True); time.sleep(0.5)"

@@ -55,7 +55,7 @@ class Home:
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli.main", *args],
+            [sys.executable, "-m", "cluster.cli", *args],
             cwd=ROOT,
             env=self.env,
             text=True,
@@ -113,9 +113,24 @@ class Home:
         """Ray actors' processes by their class."""
         return [p for p in self.processes(cluster) if f"ray::{kind}" in cmdline(p)]
 
+    def in_ray_folder(self, cluster: str) -> list[tuple[int, list[str]]]:
+        """Processes whose open files, working folder or command line lie in there, marked or not:
+        pid, and command line."""
+        folder = str(self.ray_folder(cluster))
+        found = []
+        for process in psutil.process_iter():
+            links = Path(f"/proc/{process.pid}")
+            with contextlib.suppress(psutil.Error, OSError):
+                argv = process.cmdline()
+                places = [os.readlink(link) for link in (links / "cwd", *(links / "fd").iterdir())]
+                if any(folder in place for place in (*argv, *places)):
+                    found.append((process.pid, argv))
+        return found
+
     def leftovers(self, cluster: str) -> list[str]:
         """What `down` should have taken away: processes, ports, folders, the state file."""
         left = [f"process {p.pid} {cmdline(p)}" for p in self.processes(cluster)]
+        left += [f"process {pid} {argv[:3]}" for pid, argv in self.in_ray_folder(cluster)]
         if (self.state(cluster) / "running.json").exists():
             left.append("running.json")
         runtime = self.folder / "run" / f"pdcluster-{os.getuid()}" / cluster
@@ -190,6 +205,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     (home.folder / "run").mkdir(mode=0o700)
     yield home
     # Whatever failed: nothing of these tests outlives them.
+    for state in (home.folder / "state/pdcluster").glob("*/running.json"):
+        with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+            home.run("down", "--cluster", state.parent.name)
     for process in psutil.process_iter():
         told = environ(process)
         if told.get("XDG_STATE_HOME") == str(home.folder / "state") and OWNER_ENV in told:

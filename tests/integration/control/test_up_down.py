@@ -15,8 +15,10 @@ import pytest
 import yaml
 from processes import cmdline
 
+from cluster.launcher import local_ray
 from cluster.launcher.running import lock
 from cluster.settings import ClusterPaths
+from cluster.topology import loader
 
 pytestmark = pytest.mark.integration
 
@@ -349,6 +351,21 @@ def test_what_a_killed_up_left_is_taken_away_by_down(home):
     assert home.processes("it-killed")
     home.run("down", "--cluster", "it-killed")
     assert home.leftovers("it-killed") == []
+
+
+def test_a_head_that_a_killed_up_had_not_noted_down_is_taken_away_agents_and_all(home, monkeypatch):
+    # As Ctrl-C does in the moment between the head's start and the note of it.
+    for name, value in home.env.items():
+        monkeypatch.setenv(name, value)
+    topology = loader.load(home.topology("it-unnoted"))
+    head = local_ray.start_head(ClusterPaths("it-unnoted"), topology.serving, {})
+    try:
+        agents = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+        wait_until(lambda: agents <= {argv[0] for _, argv in home.in_ray_folder("it-unnoted")})
+        home.run("down", "--cluster", "it-unnoted")
+        assert home.leftovers("it-unnoted") == []
+    finally:
+        local_ray.end_head(head.own, "it-unnoted")
 
 
 def test_down_leaves_nothing_and_a_second_down_says_so(cluster):
