@@ -131,11 +131,23 @@ def run(argv: Sequence[str]) -> int:
     """One command; its exit code."""
     # Wherever it stands: whoever saw an error adds it at the end of the line.
     words = [word for word in argv if word != "--debug"]
+    is_json = "--json" in words
+    app = typer.main.get_command(build(is_debug=len(words) < len(argv)))
     try:
-        build(is_debug=len(words) < len(argv))(words, prog_name="pdcluster")
+        code = app.main(words, prog_name="pdcluster", standalone_mode=not is_json)
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else FAILED
-    return 0
+        code = end.code if isinstance(end.code, int) else FAILED
+    except typer.Abort:
+        output.err.print("aborted", markup=False)
+        code = FAILED
+    except Exception as error:
+        # With --json typer leaves words that make no sense to us. It names no class of its own that
+        # they all are of.
+        if not is_json or not hasattr(error, "format_message"):
+            raise
+        _tell(InvalidInput(error.format_message()), is_debug=False, is_json=True)
+        code = INVALID
+    return code or 0
 
 
 def _guarded(command: Callable[P, None], is_debug: bool) -> Callable[P, None]:

@@ -175,6 +175,30 @@ def test_commands_that_ask_the_control_api_import_neither_ray_nor_a_server(words
     assert not {"ray", "aiohttp", "uvicorn", "fastapi", "torch"} & set(done.stdout.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["scale", "decode"], "'N'"),
+        (["scale", "decode", "many"], "'N'"),
+        (["scale", "decode", "2", "--grcae", "1"], "--grcae"),
+        (["nonsense"], "'nonsense'"),
+        (["dashboards", "nonsense"], "'nonsense'"),
+        (["events", "--cluster"], "--cluster"),
+    ],
+)
+def test_words_that_make_no_sense_are_an_error_of_2_also_in_json(words, named, capsys):
+    assert run(words) == 2
+    assert capsys.readouterr().out == ""
+    # First, or an option before it would take it for its value.
+    at = 2 if words[0] == "dashboards" else 1
+    assert run([*words[:at], "--json", *words[at:]]) == 2
+    said = capsys.readouterr()
+    error = json.loads(said.out)["error"]
+    assert error["type"] == "InvalidInput"
+    assert named in error["message"]
+    assert error["message"] in " ".join(said.err.split())
+
+
 def test_down_without_a_cluster_is_no_error(capsys):
     assert run(["down"]) == 0
     assert "nothing runs here" in capsys.readouterr().out
