@@ -18,6 +18,14 @@ _WITHOUT = {
     "e2e and not slow": ("unit", "integration"),
 }
 
+# Files that take longest, the longest first: begun last, one of them would keep all others waiting.
+_FIRST = (
+    *("test_failures_chaos", "test_autoscaling", "test_prometheus", "test_up_broken_off"),
+    *("test_up_down", "test_workers_ray", "test_engine_simulated"),
+    *("test_gateway_midstream", "test_doctor_ssh", "test_workers_engine", "test_page"),
+    *("test_workers_quiesce", "test_gateway_orders", "test_workers_nodes", "test_cli_commands"),
+)
+
 # Where PYTHONDONTWRITEBYTECODE is set, each process that a test starts compiles the package anew
 # (up to 0.4 s of CPU), and each process of pytest also rewrites every test's assertions (6 s).
 sys.dont_write_bytecode = False
@@ -32,9 +40,13 @@ settings.load_profile(os.environ.get("PDCLUSTER_TEST_PROFILE", "ordinary"))
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """`-n auto`, which pyproject.toml asks for: tests without real engines wait most of the time,
-    so three processes share them, file by file. Real engines fill the machine by themselves and
+    so four processes share them, file by file. Real engines fill the machine by themselves and
     share one cluster per session: one process."""
-    return 3 if (config.option.markexpr or "") in ("not e2e", "slow") else 0
+    return 4 if (config.option.markexpr or "") in ("not e2e", "slow") else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _FIRST.index(s) if (s := item.path.stem) in _FIRST else len(_FIRST))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -23,7 +23,7 @@ from cluster.observe.dashboards.files import BOARDS
 from cluster.observe.verify import values, verify
 from cluster.topology.observability import PrometheusSpec
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.e2e, pytest.mark.slow]
 
 WINDOW_S = 60.0
 # Rules are evaluated every 5 s, and a rate wants two samples of a recorded series' source.

@@ -177,6 +177,20 @@ async def test_prefill_in_a_room_makes_one_token_and_waits_for_its_peer(vocabula
     assert prefill.cache.used_blocks == 0
 
 
+async def test_prefill_in_a_room_keeps_its_blocks_also_if_its_one_token_ends_the_text(
+    vocabulary: Vocabulary,
+):
+    first, *_ = await said(engine(vocabulary), request("free"))
+    prefill = sglang(vocabulary, "kv_producer")
+    asked = request("a", kv_params=in_room(7), stop_token_ids=frozenset([first]))
+    running = asyncio.create_task(steps(prefill, asked))
+    grant = await asyncio.wait_for(prefill.handover.grants.wait_for("7"), 5)
+    assert grant is not None
+    prefill.handover.grants.take(grant)
+    (only,) = await running
+    assert (only.ids, only.finish) == ([first], "stop")
+
+
 async def test_prefill_whose_peer_does_not_come_fails(vocabulary: Vocabulary):
     prefill = sglang(vocabulary, "kv_producer", lease_s=0.05)
     with pytest.raises(RequestFailed, match="nobody came to room 7"):

@@ -163,7 +163,9 @@ class Handover:
         kv, params = self._kv, request.kv_params
         if kv is None or not self.prefills_for_peer(params) or kv.dialect == "ascend_layerwise":
             return False
-        if kv.dialect != "nixl" and finish != "length":
+        # SGLang sends a prompt's blocks whatever its first token is.
+        is_length_asked = kv.dialect != "nixl" and not meets_in_rooms(kv.dialect)
+        if is_length_asked and finish != "length":
             return False
         if kv.dialect == "mooncake" and not params.get("transfer_id"):
             return False

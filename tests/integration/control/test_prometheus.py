@@ -21,6 +21,8 @@ from cluster.settings import OWNER_ENV
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.e2e,
+    pytest.mark.slow,
     pytest.mark.skipif(
         shutil.which("prometheus") is None,
         reason="the program prometheus is not installed (Debian's package: prometheus)",
