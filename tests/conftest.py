@@ -40,9 +40,9 @@ settings.load_profile(os.environ.get("PDCLUSTER_TEST_PROFILE", "ordinary"))
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """`-n auto`, which pyproject.toml asks for: tests without real engines wait most of the time,
-    so four processes share them, file by file. Real engines fill the machine by themselves and
+    so three processes share them, file by file. Real engines fill the machine by themselves and
     share one cluster per session: one process."""
-    return 4 if (config.option.markexpr or "") in ("not e2e", "slow") else 0
+    return 3 if (config.option.markexpr or "") in ("not e2e", "slow") else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
