@@ -4,7 +4,7 @@
 Brings up a cluster of simulated engines (or asks the endpoint given by --url and --key-file, whose
 engines may be real), sends streams, and compares the clients' mean with the mean of
 pdcluster_gateway_ttft_seconds over the same streams. Percentiles of the histogram are shown beside:
-they are read between buckets 1.56 times apart.
+they are read between buckets 1.25 times apart.
 
     .venv/bin/python scripts/bench_ttft_agreement.py [--streams 200] [--at-once 8] [--json]
 """

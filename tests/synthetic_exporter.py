@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from aiohttp import web
 
 from cluster.observe import catalogue
-from cluster.observe.metric import BUCKETS_S, Kind, Metric
+from cluster.observe.metric import Kind, Metric
+from cluster.traffic import BOUNDS_S
 
 POOLS = {
     "prefill": {"role": "prefill", "island": "nvidia", "hardware": "h200"},
@@ -44,7 +45,7 @@ def text(metric: Metric, age_s: float) -> Iterator[str]:
     for labels in _labelled(metric):
         if metric.kind is Kind.HISTOGRAM:
             # A tenth of what was counted lies below each bound from the tenth on.
-            for number, bound in enumerate([*map(str, BUCKETS_S), "+Inf"]):
+            for number, bound in enumerate([*map(str, BOUNDS_S), "+Inf"]):
                 share = min(1.0, max(0.0, (number - 9) / 10))
                 yield _line(f"{metric.name}_bucket", {**labels, "le": bound}, share * age_s * PER_S)
             yield _line(f"{metric.name}_sum", labels, age_s)
