@@ -40,9 +40,10 @@ settings.load_profile(os.environ.get("PDCLUSTER_TEST_PROFILE", "ordinary"))
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """`-n auto`, which pyproject.toml asks for: tests without real engines wait most of the time,
-    so three processes share them, file by file. Real engines fill the machine by themselves and
-    share one cluster per session: one process."""
-    return 3 if (config.option.markexpr or "") in ("not e2e", "slow") else 0
+    so several processes share them, file by file: four, or three where a test says within what time
+    a stream goes on. Real engines fill the machine by themselves and share one cluster per session:
+    one process."""
+    return {"not e2e": 4, "slow": 3}.get(config.option.markexpr or "", 0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
