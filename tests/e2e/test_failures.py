@@ -119,8 +119,6 @@ def arena(private_state: object, tmp_path_factory: pytest.TempPathFactory) -> It
     with running_cluster("local-cpu.yaml", tmp_path_factory.mktemp("failures"), edit) as cluster:
         made = Arena(cluster)
         made.await_ready(*ENGINES)
-        with made.crowd(asks(tokens=4)):
-            pass  # engines compile code for their first log-probabilities
         with made.crowd(asks()) as crowd, made.crowd(long_asks()) as long:
             made.undisturbed, made.long_undisturbed = crowd.told(), long.told()
         told = made.undisturbed

@@ -119,9 +119,16 @@ def test_cpu_prefill_over_nixl():
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "2",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "TORCHDYNAMO_DISABLE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     assert launched.secret_env == {"VLLM_API_KEY": "secret-key"}
+
+
+def test_who_has_the_model_compiled_has_the_helpers_compiled_too():
+    launched = launch(Role.PREFILL, engine_args={"enforce_eager": False})
+    assert "--enforce-eager" not in launched.argv
+    assert "TORCHDYNAMO_DISABLE" not in launched.env
 
 
 def test_cpu_decode_over_nixl_differs_from_prefill_only_in_what_its_pool_says():

@@ -94,7 +94,7 @@ class VllmAdapter:
             "enable-scale-out": True,
             "disable-uvicorn-access-log": True,
         } | command.passed_through(context.pool)
-        env = _env(context)
+        env = _env(context, flags)
         return Launch(
             argv=(*_program(context, host), *argv(flags)),
             env=env,
@@ -176,7 +176,7 @@ def _network(context: LaunchContext) -> dict[str, str]:
     return dict.fromkeys(names, context.interface)
 
 
-def _env(context: LaunchContext) -> dict[str, str]:
+def _env(context: LaunchContext, flags: Flags) -> dict[str, str]:
     env = {**common_env(context), **kv.transfer_env(context), **_network(context)}
     if context.host_facts.platform == "cpu":
         env |= {
@@ -184,6 +184,11 @@ def _env(context: LaunchContext) -> dict[str, str]:
             # vLLM's own binding puts every engine of a node on the same cores.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
+        if flags.get("enforce-eager"):
+            # Nothing of the model is compiled then, but vLLM's own helpers would be, when a request
+            # first asks for log-probabilities: 11 s without a step (measured), and three engines at
+            # once on two cores were taken for hung. So: 0.1 s.
+            env["TORCHDYNAMO_DISABLE"] = "1"
         parallel = context.pool.parallel
         if parallel.tensor * parallel.pipeline * parallel.data == 1:
             # Keeps the executor inside the engine core: two processes per engine, not three.

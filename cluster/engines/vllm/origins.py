@@ -63,6 +63,7 @@ _REASONS = {
     "HF_HUB_OFFLINE": "the model is a local folder",
     "OMP_NUM_THREADS": "the cores that the pool reserves, at least two where there are two",
     "VLLM_CPU_OMP_THREADS_BIND": "its own binding puts every engine on the same cores",
+    "TORCHDYNAMO_DISABLE": "no step waits for the compiler, as nothing else is compiled either",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "one process less for a single rank on a CPU",
     "VLLM_NIXL_SIDE_CHANNEL_HOST": command.ADDRESS,
     "VLLM_NIXL_SIDE_CHANNEL_PORT": command.PORT,
