@@ -19,17 +19,15 @@ with the peer's kernel answering all along). A prompt of a million tokens is a b
 from __future__ import annotations
 
 import socket
-import struct
 from typing import Protocol
+
+from cluster.kv.connectors.silence import silent_s
 
 CUT_NOTICED_WITHIN_S = 6.0
 CHECK_EVERY_S = 1.0
 
 _IDLE_S, _BETWEEN_PROBES_S, _PROBES = 2, 1, 3
-_UNANSWERED_MS = 5000
-# struct tcp_info of linux/tcp.h: tcpi_retransmits is its third byte, tcpi_last_ack_recv (ms) the
-# u32 at 56.
-_INFO_BYTES, _RETRANSMITS, _LAST_ACK_RECV = 60, 2, 56
+_UNANSWERED_S = 5.0
 
 
 class Socket(Protocol):
@@ -50,6 +48,4 @@ def probe(connected: Socket) -> None:
 
 def is_cut(connected: Socket) -> bool:
     """Whether what was sent is sent again and again, and nobody has acknowledged anything."""
-    info = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
-    (last_ack_ms,) = struct.unpack_from("=I", info, _LAST_ACK_RECV)
-    return info[_RETRANSMITS] > 0 and last_ack_ms >= _UNANSWERED_MS
+    return silent_s(connected) >= _UNANSWERED_S
