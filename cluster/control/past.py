@@ -18,7 +18,15 @@ import aiohttp
 
 from cluster.control.points import RATIO_OVER_S, Columns, shown
 from cluster.observe import catalogue
-from cluster.observe.dashboards.promql import everywhere, filled, quantile, rate, ratio, total
+from cluster.observe.dashboards.promql import (
+    CLUSTER,
+    everywhere,
+    filled,
+    quantile,
+    rate,
+    ratio,
+    total,
+)
 from cluster.observe.prometheus import Found, Prometheus, PrometheusError
 from cluster.observe.rules_recording import (
     ACCEPTED,
@@ -196,10 +204,9 @@ class _Labels(dict[str, str]):
 
 def _engines(names: EngineNames, *, is_counter: bool) -> str:
     """Of all engines together. An engine has one of the names, or its numbers would count twice."""
-    matchers = 'cluster=~"$cluster"'
     by_worker = (
         total(rate(name, _WINDOW) if is_counter else name, "worker")
-        for name in names.selectors(matchers)
+        for name in names.selectors(CLUSTER)
     )
     return total(" or ".join(by_worker))
 

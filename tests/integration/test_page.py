@@ -140,6 +140,21 @@ def test_with_prometheus_the_charts_are_its_and_go_on_with_the_clusters_own(page
     page.wait_for(f"document.querySelector('#chart-ttft canvas').toDataURL() !== {before!r}")
 
 
+def test_prometheus_is_asked_again_once_a_refused_token_was_entered_anew(page, cluster):
+    page.js(
+        "window.stock = fetch; window.fetch = (path, more) => path.startsWith('v1/past') ?"
+        " Promise.resolve(new Response('{}', {status: 401})) : stock(path, more); 0"
+    )
+    page.press("2")
+    page.wait_for("!document.querySelector('#door').hidden")
+    page.js("window.fetch = stock; 0")
+    now_s = cluster.clock.wall_s()
+    columns = Columns((now_s - 10, now_s - 5), {"traffic.ttft_p50_s": (0.1, 0.2)})
+    cluster.remembered = Past("prometheus", "", 300.0, 5.0, columns)
+    enter(page)
+    page.wait_for("document.querySelector('#source').textContent.startsWith('From Prometheus')")
+
+
 def test_charts_are_drawn_and_move_on(page, cluster):
     inked = "document.querySelector('#chart-ttft canvas').toDataURL()"
     before = page.js(inked)

@@ -83,8 +83,9 @@ async function lookAtPast() {
     past.take(told);
     drawPast();
   } catch (error) {
+    // First: with the right token it is asked again.
+    past.miss();
     if (error instanceof api.WrongToken) lost(error);
-    else past.miss();
   }
 }
 

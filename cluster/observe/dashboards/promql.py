@@ -16,8 +16,8 @@ POOL = 'pool=~"$pool"'
 PREFILL_POOL = 'prefill_pool=~"$pool"'
 DECODE_POOL = 'decode_pool=~"$pool"'
 
-_CLUSTER = 'cluster=~"$cluster"'
-_CHOSEN = (_CLUSTER, POOL, 'role=~"$role"', 'island=~"$island"', 'hardware=~"$hardware"')
+CLUSTER = 'cluster=~"$cluster"'
+_CHOSEN = (CLUSTER, POOL, 'role=~"$role"', 'island=~"$island"', 'hardware=~"$hardware"')
 _NAME = re.compile(r"\b[a-zA-Z_][a-zA-Z0-9_:]*(?=\{)|\b(?:pdcluster|vllm|sglang):[a-z0-9_:]+")
 _VARIABLE = re.compile(r"\$\{?([a-zA-Z_][a-zA-Z0-9_]*)\}?")
 
@@ -29,7 +29,7 @@ def pools(name: str, *more: str) -> str:
 
 def everywhere(name: str, *more: str) -> str:
     """The series `name`, which lacks some of the labels that `pools` asks for."""
-    return f"{name}{{{', '.join((_CLUSTER, *more))}}}"
+    return f"{name}{{{', '.join((CLUSTER, *more))}}}"
 
 
 def rate(selector: str, window: str = WINDOW) -> str:

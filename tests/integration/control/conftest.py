@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from chromium import Chromium
 from ports import free_port
 from processes import cmdline, environ
 
@@ -162,6 +163,14 @@ class Cluster:
     name: str
     topology: Path
     up: Done
+
+    def open_page(self, browser: Chromium) -> None:
+        """The page on the control port, with the token entered."""
+        state = self.home.state(self.name)
+        browser.open(json.loads((state / "running.json").read_text())["control_url"] + "/")
+        browser.wait_for("document.activeElement.id === 'token'")
+        browser.type((state / "control-token").read_text().strip())
+        browser.press("Enter")
 
     def status(self) -> dict[str, Any]:
         """What `status --json` prints, run in this process: tests look often, and a process for

@@ -3,8 +3,6 @@ of it there is done."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from chromium import EXECUTABLE, Chromium
 from streaming_clients import Clients
@@ -19,12 +17,8 @@ pytestmark = [
 
 @pytest.fixture
 def page(cluster):
-    state = cluster.home.state(cluster.name)
     with Chromium() as browser:
-        browser.open(json.loads((state / "running.json").read_text())["control_url"] + "/")
-        browser.wait_for("document.activeElement.id === 'token'")
-        browser.type((state / "control-token").read_text().strip())
-        browser.press("Enter")
+        cluster.open_page(browser)
         browser.wait_for("document.querySelectorAll('.worker.is-ready').length === 2")
         yield browser
         assert browser.problems == []

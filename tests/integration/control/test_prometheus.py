@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import time
@@ -129,12 +128,8 @@ def test_the_page_draws_from_it_what_was_before_the_controller_was_killed(watche
     controller.kill()
     controller.wait(10)
     watched.wait_for(lambda status: status["controller_up_for_s"] < before_s)
-    state = watched.home.state(watched.name)
     with Chromium() as browser:
-        browser.open(json.loads((state / "running.json").read_text())["control_url"] + "/")
-        browser.wait_for("document.activeElement.id === 'token'")
-        browser.type((state / "control-token").read_text().strip())
-        browser.press("Enter")
+        watched.open_page(browser)
         browser.wait_for("document.querySelector('#source').textContent.startsWith('From Prom')")
         # Nobody has asked for anything since: this controller knows of no first token.
         for chart in ("ttft", "tpot", "accepted", "held", "bytes", "tokens", "replicas"):
